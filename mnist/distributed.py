@@ -1,0 +1,222 @@
+"""The one place that knows Accelerate: launch, world, device, precision and threads."""
+
+import dataclasses
+import datetime
+import gc
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar, cast
+
+import psutil
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from torch import Tensor
+from torch import distributed as dist
+
+from mnist.config import InputError, TrainConfig
+
+T = TypeVar("T")
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+_COLLECTIVE_TIMEOUT = datetime.timedelta(seconds=60)
+
+# Where launchers say how many processes they have started (torchrun and Accelerate; MPIs; SLURM).
+_WORLD_SIZE_VARIABLES = (
+    "WORLD_SIZE",
+    "PMI_SIZE",
+    "OMPI_COMM_WORLD_SIZE",
+    "MV2_COMM_WORLD_SIZE",
+    "SLURM_STEP_NUM_TASKS",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class World:
+    """The processes that train together, as one of them sees it."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+    precision: torch.dtype = torch.float32
+    threads: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the files: rank 0."""
+        return self.rank == 0
+
+    @property
+    def precision_name(self) -> str:
+        """The precision as ``--precision`` names it."""
+        return next(name for name, dtype in PRECISIONS.items() if dtype == self.precision)
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        """Replace ``tensor`` by its sum over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+
+    def from_main(self, function: Callable[[], T]) -> T:
+        """What ``function`` returns on rank 0; an InputError that it raises is raised everywhere."""
+        result: list[T | InputError | None] = [None]
+        if self.is_main:
+            try:
+                result = [function()]
+            except InputError as error:
+                result = [error]
+        if self.size > 1:
+            dist.broadcast_object_list(result)
+        if isinstance(result[0], InputError):
+            raise result[0]
+        return cast(T, result[0])
+
+
+def connect(config: TrainConfig) -> World:
+    """Form the world that the launcher laid out and settle device, precision and threads.
+
+    Raises:
+        InputError: the world is not the one asked for, or fp16 without a GPU.
+    """
+    # Imports are done: what they made is permanent and need not be traversed again.
+    gc.freeze()
+    gc.enable()
+    accelerator = Accelerator(
+        # Without `cpu`, several CPU processes silently form as many worlds of one.
+        cpu=not torch.accelerator.is_available(),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=_COLLECTIVE_TIMEOUT)],
+        mixed_precision="no",  # step.py has its own, with the precision settled below
+    )
+    _check_world_size(accelerator.num_processes, config.expect_world_size)
+    threads = config.threads or max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    torch.set_num_threads(threads)  # the launcher's OMP_NUM_THREADS=1 is a default, not a choice
+    return World(
+        rank=accelerator.process_index,
+        size=accelerator.num_processes,
+        device=accelerator.device,
+        precision=PRECISIONS[_precision(config.precision, accelerator.device)],
+        threads=threads,
+    )
+
+
+def _check_world_size(size: int, expected: int | None) -> None:
+    advice = "several CPU processes need `scripts/train --processes N` or a line of the README"
+    if expected is not None and size != expected:
+        raise InputError(
+            f"--expect-world-size {expected}, but {size} process(es) train together; {advice}"
+        )
+    for variable in _WORLD_SIZE_VARIABLES:
+        # A SLURM step may have one task, a launcher of several processes, per node.
+        asked = int(os.environ.get(variable, 1))
+        if asked > size or (asked < size and variable == "WORLD_SIZE"):
+            raise InputError(f"{variable}={asked}, but {size} process(es) train together; {advice}")
+    asked = _processes_asked_of_accelerate()
+    if asked > size:
+        raise InputError(
+            f"`accelerate launch` was asked for {asked} processes and started {size}; {advice}"
+        )
+
+
+def _processes_asked_of_accelerate() -> int:
+    """What the parent's command line or Accelerate's configuration file asks for, else 1.
+
+    On CPUs `accelerate launch --num_processes 2` starts one process and tells it nothing.
+    """
+    try:
+        words = psutil.Process(os.getppid()).cmdline()
+    except psutil.Error:
+        return 1
+    if not re.search(r"accelerate\S* launch|accelerate[.-]\S*launch", " ".join(words[:3])):
+        return 1
+    job = Path(sys.argv[0]).name
+    ours = next((i for i, word in enumerate(words) if Path(word).name == job), None)
+    words = words[:ours]  # what follows are options of the job
+
+    def value(name: str) -> str | None:
+        pattern = re.compile(rf"--{name.replace('_', '[-_]')}(?:=(.*))?")
+        for word, following in zip(words, [*words[1:], ""], strict=True):
+            if match := pattern.fullmatch(word):
+                return match[1] or following
+        return None
+
+    explicit = value("num_processes")
+    if explicit is not None:
+        return int(explicit)
+    from accelerate.commands.config import config_args
+
+    file = value("config_file") or config_args.default_config_file
+    if not Path(file).is_file():
+        return 1
+    return int(config_args.load_config_from_file(file).num_processes or 1)
+
+
+def _precision(setting: str, device: torch.device) -> str:
+    if setting == "auto":
+        launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if launcher not in ("no", "bf16", "fp16"):
+            raise InputError(f"--mixed_precision {launcher} is not supported: no, bf16 or fp16")
+        if launcher != "no":  # "no" is also what a launcher writes that was told nothing
+            setting = launcher
+        else:
+            setting = "bf16" if _multiplies_bf16_natively(device) else "fp32"
+    if setting == "fp16" and device.type == "cpu":
+        raise InputError("--precision fp16 needs a GPU; on CPUs take bf16 or fp32")
+    return setting
+
+
+def _multiplies_bf16_natively(device: torch.device) -> bool:
+    """Without such hardware bf16 works, many times slower than fp32."""
+    if device.type == "cpu":
+        features = torch.cpu.get_capabilities()
+        return any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def usable_cores() -> int:
+    """CPU cores this process may use: its affinity, and its container's quota."""
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError):  # no cgroup v2, or "max"
+        return cores
+
+
+def launch(script: str, arguments: list[str], processes: int | None) -> int:
+    """Run `accelerate launch script arguments` in this process.
+
+    Args:
+        processes: the size of the world; by default all GPUs, or one process where there are none.
+
+    Returns:
+        The exit code of the job itself, which Accelerate turns into a 1 and a traceback.
+    """
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    processes = processes or max(1, torch.accelerator.device_count())
+    topology = ["--num_processes", str(processes), "--num_machines", "1", "--dynamo_backend", "no"]
+    topology += ["--mixed_precision", os.environ.get("ACCELERATE_MIXED_PRECISION", "no")]
+    if processes > 1:  # --multi_gpu is the launcher that forms a world, on CPUs too
+        topology += ["--multi_gpu", "--main_process_port", "0"]
+    job = [script, *arguments, "--expect-world-size", str(processes)]
+    signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C reaches the job too, which decides
+    try:
+        launch_command(launch_command_parser().parse_args([*topology, *job]))
+    except subprocess.CalledProcessError as error:
+        return _shell_code(error.returncode)
+    except ChildFailedError as error:
+        return _shell_code(error.get_first_failure()[1].exitcode)
+    return 0
+
+
+def _shell_code(code: int) -> int:
+    return 128 - code if code < 0 else code

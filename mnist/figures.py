@@ -1,0 +1,163 @@
+"""Matplotlib figures from plain arrays: loss and accuracy curves, grids of predictions.
+
+They are drawn in a process of their own (``python -m mnist.figures``), so that Matplotlib's import,
+1.2 s, and the drawing cost training nothing. Imports no torch.
+"""
+
+import contextlib
+import pickle
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_TRAIN, _VALIDATION, _MISTAKE = "#7f9fc4", "#d1495b", "#c1121f"
+
+
+class Painter:
+    """A process that imports Matplotlib at once, then draws what it is sent.
+
+    It ends when its input does, so it cannot outlive the job.
+    """
+
+    def __init__(self) -> None:
+        command = [sys.executable, "-P", "-m", "mnist.figures"]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE)
+
+    def draw(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Have ``function`` of this module called there, without waiting for it."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # close() says that it has failed
+            pickle.dump((function.__name__, arguments), self._process.stdin)
+            self._process.stdin.flush()
+
+    def __enter__(self) -> "Painter":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Wait for the figures; if the job has failed, drop them instead."""
+        if error is not None:
+            self._process.kill()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.communicate()
+        if error is None and self._process.returncode:
+            print("warning: figures could not be drawn, see above; all else is", file=sys.stderr)
+
+
+def _draw_what_arrives() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the job, which then ends this
+    _new_figure(1, 1)
+    with contextlib.suppress(EOFError):
+        while True:
+            name, arguments = pickle.load(sys.stdin.buffer)
+            {"draw_curves": draw_curves, "draw_predictions": draw_predictions}[name](*arguments)
+
+
+def _new_figure(width: float, height: float) -> "Figure":
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=110, layout="constrained")
+
+
+def _save(figure: "Figure", path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}")
+    figure.savefig(aside, format="png")
+    aside.replace(path)
+
+
+def draw_curves(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
+    """Loss and accuracy over the epochs, for training and validation, as a PNG.
+
+    Args:
+        rows: what ``metrics.jsonl`` holds.
+        title: the run's name.
+        path: the file to make.
+    """
+    figure = _new_figure(10, 4)
+    figure.suptitle(title, fontsize=11)
+    for axes, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+        styles = {"train": {"color": _TRAIN}, "validation": {"color": _VALIDATION, "marker": "o"}}
+        names = {"train": "training, while learning", "validation": "validation"}
+        for part, style in styles.items():
+            points = [(r["epoch"], r[key]) for r in rows if (key := f"{part}/{quantity}") in r]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=names[part], markersize=3.5, **style)
+        axes.set_xlabel("epoch")
+        axes.set_ylabel("cross-entropy" if quantity == "loss" else quantity)
+        axes.set_xlim(left=0)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+        if quantity == "loss":
+            _scale_logarithmically(axes)
+        else:  # the first rows are near chance; what matters happens near 1
+            values = [value for row in rows for key, value in row.items() if key.endswith(quantity)]
+            axes.set_ylim(bottom=min(0.9, float(np.quantile(values, 0.1))))
+    _save(figure, path)
+
+
+def _scale_logarithmically(axes: "Axes") -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def draw_predictions(
+    images: np.ndarray,
+    labels: np.ndarray,
+    predictions: np.ndarray,
+    confidences: np.ndarray,
+    title: str,
+    path: Path,
+    columns: int = 8,
+) -> None:
+    """A grid of images with label, prediction and confidence, mistakes in red, as a PNG.
+
+    Args:
+        images: n×28×28, 0 to 255.
+        labels: n digits.
+        predictions: n digits.
+        confidences: n probabilities of the predictions, 0 to 1.
+        title: above the grid.
+        path: the file to make.
+        columns: images per row.
+    """
+    rows = -(-len(images) // columns)
+    figure = _new_figure(1.2 * columns, 1.5 * rows + 0.5)
+    figure.suptitle(title, fontsize=11)
+    cells = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in cells:
+        axes.set_axis_off()
+    for axes, image, label, prediction, confidence in zip(
+        cells, images, labels, predictions, confidences, strict=False
+    ):
+        axes.imshow(image, cmap="gray_r", vmin=0, vmax=255)
+        axes.set_title(
+            f"label {label}\npredicted {prediction}, {confidence:.1%}",
+            fontsize=8,
+            color="black" if label == prediction else _MISTAKE,
+        )
+    _save(figure, path)
+
+
+if __name__ == "__main__":
+    _draw_what_arrives()

@@ -1,0 +1,31 @@
+"""What ``scripts/*`` run: a job under ``accelerate launch``, with options checked beforehand.
+
+python -m mnist.launch jobs/train.py [--processes N] [options of the job]
+"""
+
+import argparse
+import sys
+
+from mnist.config import InputError, exit_codes, parse_train_config
+
+
+def main(script: str, arguments: list[str]) -> None:
+    """Check the options, then launch; ends the process with the job's exit code."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--processes", type=int)
+    try:
+        ours, options = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise InputError(f"--processes: {error.message}") from None
+    if ours.processes is not None and ours.processes < 1:
+        raise InputError(f"--processes takes 1 or more, not {ours.processes}")
+    parse_train_config(options)  # so that a mistake is answered before anything is launched
+    from mnist.distributed import launch
+
+    code = launch(script, options, ours.processes)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    with exit_codes():
+        main(sys.argv[1], sys.argv[2:])

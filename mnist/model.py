@@ -1,0 +1,100 @@
+"""The MLP of five linear layers, its initial weights, and its file. Training lives elsewhere."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from mnist.config import InputError, derived_seed
+from mnist.data import IMAGE_SHAPE, MEAN, STD
+
+CLASSES = 10
+_INPUTS = IMAGE_SHAPE[0] * IMAGE_SHAPE[1]
+
+
+class MLP(nn.Module):
+    """Flatten, then five ``Linear`` layers with ReLU between them.
+
+    Args:
+        hidden_sizes: the widths of the four hidden layers.
+    """
+
+    def __init__(self, hidden_sizes: Sequence[int]) -> None:
+        super().__init__()
+        if len(hidden_sizes) != 4:
+            raise InputError(f"the model takes exactly four hidden widths, not {len(hidden_sizes)}")
+        self.hidden_sizes = tuple(hidden_sizes)
+        widths = (_INPUTS, *hidden_sizes, CLASSES)
+        self.layers = nn.ModuleList(
+            nn.Linear(inputs, outputs, device="meta")
+            for inputs, outputs in zip(widths, widths[1:], strict=False)
+        ).to_empty(device="cpu")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits, N×10, of normalised images, N×784 or N×28×28."""
+        hidden = images.flatten(1)
+        for layer in self.layers[:-1]:
+            hidden = layer(hidden).relu_()
+        logits: Tensor = self.layers[-1](hidden)
+        return logits
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> "MLP":
+        """Draw initial weights as ``nn.Linear`` does, uniform within 1/sqrt(inputs), from the seed
+        alone: the same on every rank, and whatever else the process has drawn."""
+        generator = torch.Generator().manual_seed(derived_seed(seed, "initial weights"))
+        for layer in self.layers:
+            bound = layer.in_features**-0.5
+            layer.weight.uniform_(-bound, bound, generator=generator)
+            layer.bias.uniform_(-bound, bound, generator=generator)
+        return self
+
+
+def save_model(model: MLP, path: Path) -> None:
+    """Write float32 weights, and as metadata what is needed to rebuild and to feed the model.
+
+    The file appears whole or not at all.
+    """
+    metadata = {
+        "format": "pt",
+        "model": "mnist-mlp-1",
+        "hidden_sizes": json.dumps(model.hidden_sizes),
+        "input": f"{_INPUTS} pixels, (value / 255 - mean) / std, ink high on a ground of 0",
+        "mean": str(MEAN),
+        "std": str(STD),
+    }
+    tensors = {name: weight.float().contiguous() for name, weight in model.state_dict().items()}
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with aside.open("wb") as file:
+        file.write(save(tensors, metadata))
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def load_model(path: Path) -> MLP:
+    """Rebuild a saved model on the CPU, in float32.
+
+    Raises:
+        InputError: the file is missing, damaged, or not such a model.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("model") != "mnist-mlp-1":
+                raise InputError(f"{path}: not a model of this package (its metadata says no such)")
+            if (float(metadata["mean"]), float(metadata["std"])) != (MEAN, STD):
+                raise InputError(f"{path}: made for another normalisation of its input")
+            model = MLP(json.loads(metadata["hidden_sizes"]))
+            model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+            return model
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or 'no such file'}") from None
+    except (SafetensorError, RuntimeError, KeyError, TypeError, json.JSONDecodeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: not a usable model file: {reason}") from None

@@ -1,0 +1,300 @@
+"""The training loop, and the folder that a run leaves behind."""
+
+import json
+import math
+import platform
+import subprocess
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+
+from mnist.config import (
+    InputError,
+    TrainConfig,
+    derived_seed,
+    numeric_settings,
+    option,
+    to_yaml,
+)
+from mnist.data import (
+    BatchedDigits,
+    GlobalBatches,
+    fetch_mnist,
+    load_mnist,
+    make_loader,
+    normalise,
+    rank_slice,
+    split_validation,
+)
+from mnist.distributed import World, connect, usable_cores
+from mnist.evaluation import predict, score, wilson_interval
+from mnist.figures import Painter, draw_curves, draw_predictions
+from mnist.model import MLP, load_model, save_model
+from mnist.step import Learner
+from mnist.tracking import NoTracker, Tracker, read_metrics
+
+
+def train(config: TrainConfig, painter: Painter | None) -> None:
+    """Do the whole job: data, training, files, evaluation, summary.
+
+    A run that is complete already is summarised and left as it is.
+
+    Args:
+        config: the settings.
+        painter: where figures are drawn; needed on rank 0 alone.
+
+    Raises:
+        InputError: the settings or the folders do not allow it.
+    """
+    fetch_mnist(config.data_dir)  # before processes wait for each other
+    world = connect(config)
+    complete = world.from_main(lambda: open_run_folder(config, world))
+    if not complete:
+        model = fit(config, world)
+        if world.is_main:
+            save_model(model, config.run_folder / "model.safetensors")
+    if world.is_main:
+        assert painter is not None
+        finish(config, painter)
+
+
+def open_run_folder(config: TrainConfig, world: World) -> bool:
+    """Make the run's folder, or check that it is of the same run; return whether it is complete.
+
+    Raises:
+        InputError: the folder is of other settings, is something else, or cannot be written.
+    """
+    folder = config.run_folder
+    settings = folder / "config.yaml"
+    try:
+        if settings.exists():
+            recorded = yaml.safe_load(settings.read_text())
+            changed = [
+                f"{option(name)} {recorded.get(name)} there, {value} here"
+                for name, value in numeric_settings(config).items()
+                if recorded.get(name) != value
+            ]
+            if changed:
+                raise InputError(
+                    f"{folder} is a run with other settings ({'; '.join(changed)}); "
+                    "choose another --run-name"
+                )
+            if (folder / "model.safetensors").exists():
+                return True
+        elif folder.exists() and any(folder.iterdir()):
+            raise InputError(f"{folder} is not a run folder; choose another --run-name")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "environment.json").write_text(json.dumps(_environment(world), indent=2) + "\n")
+        settings.write_text(yaml.safe_dump(to_yaml(config), sort_keys=False))
+    except (OSError, yaml.YAMLError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise InputError(f"run folder {folder}: {reason}; see --runs-dir") from None
+    return False
+
+
+def fit(config: TrainConfig, world: World) -> MLP:
+    """Train a new model; every rank returns the same one.
+
+    Logs rows of: step, epoch, images (so far), train/loss and train/accuracy (means over the images since the last
+    row, each seen before its step learned from it), learning_rate, images_per_second, seconds (of
+    training, so far); at the end of an epoch also validation/loss and validation/accuracy.
+    """
+    training, validation = load_training_data(config, world)
+    steps_per_epoch = math.ceil(len(training) / config.batch_size)
+    steps = config.epochs * steps_per_epoch
+    batches = GlobalBatches(
+        size=len(training),
+        batch_size=config.batch_size,
+        seed=config.seed,
+        rank=world.rank,
+        world_size=world.size,
+        stop_step=steps,
+    )
+    learner = Learner(MLP(config.hidden_sizes).initialise(config.seed), config, world)
+
+    def images_until(step: int) -> int:
+        epochs, rest = divmod(step, steps_per_epoch)
+        return epochs * len(training) + min(rest * config.batch_size, len(training))
+
+    metrics = config.run_folder / "metrics.jsonl"
+    with Tracker(metrics, steps, config.epochs) if world.is_main else NoTracker() as tracker:
+        logged_step, seconds, started = 0, 0.0, time.perf_counter()
+        for step, (images, labels) in enumerate(make_loader(training, batches), start=1):
+            batch_size = images_until(step) - images_until(step - 1)
+            rate = config.learning_rate * schedule((step - 0.5) / steps, config)
+            learner.step(images, labels, batch_size, rate)
+
+            epoch_ends = step % steps_per_epoch == 0
+            if not (epoch_ends or step % config.log_every == 0):
+                continue
+            seen = images_until(step) - images_until(logged_step)
+            loss, accuracy = (learner.take_totals() / seen).tolist()
+            if not math.isfinite(loss):
+                raise InputError(
+                    f"training diverged: the loss became {loss} before step {step}; "
+                    f"take a --learning-rate below {config.learning_rate}"
+                )
+            elapsed = time.perf_counter() - started
+            row: dict[str, Any] = {
+                "step": step,
+                "epoch": images_until(step) / len(training),
+                "images": images_until(step),
+                "train/loss": loss,
+                "train/accuracy": accuracy,
+                "learning_rate": rate,
+                "images_per_second": seen / elapsed,
+                "seconds": (seconds := seconds + elapsed),
+            }
+            if epoch_ends and config.validation_size:
+                row |= validate(learner, validation, config.validation_size)
+            tracker.log(row)
+            logged_step, started = step, time.perf_counter()
+    return learner.model
+
+
+def load_training_data(config: TrainConfig, world: World) -> tuple[BatchedDigits, BatchedDigits]:
+    """All training images, and this rank's share of the validation images, ready on the device."""
+    digits = load_mnist(config.data_dir, "train")
+    chosen, held_out = split_validation(digits.labels, config.validation_size, config.seed)
+    share = held_out[rank_slice(len(held_out), world.rank, world.size)]
+
+    def prepared(indices: Tensor) -> BatchedDigits:
+        images = normalise(digits.images[indices], world.precision)
+        return BatchedDigits(images.to(world.device), digits.labels[indices].to(world.device))
+
+    return prepared(chosen), prepared(share)
+
+
+def schedule(progress: float, config: TrainConfig) -> float:
+    """The learning rate as a share of its peak, at ``progress`` 0 to 1 through the steps."""
+    if config.schedule == "constant":
+        return 1.0
+    if progress < config.warmup:
+        return progress / config.warmup
+    return (1 - progress) / (1 - config.warmup)
+
+
+def validate(learner: Learner, share: BatchedDigits, size: int) -> dict[str, float]:
+    """Loss and accuracy over the ``size`` validation images, of which each rank has its share."""
+    sums = score(predict(learner.logits, share.images), share.labels)
+    learner.world.all_reduce(sums)
+    loss, accuracy = (sums / size).tolist()
+    return {"validation/loss": loss, "validation/accuracy": accuracy}
+
+
+def finish(config: TrainConfig, painter: Painter) -> None:
+    """Evaluate the final model and draw, as far as that is not done already; print the summary."""
+    folder = config.run_folder
+    curves, grid = folder / "figures/loss_curves.png", folder / "figures/sample_predictions.png"
+    report_file = folder / "evaluation/test/report.json"
+    rows = read_metrics(folder / "metrics.jsonl")
+    if not curves.exists():
+        painter.draw(draw_curves, rows, folder.name, curves)
+    test = config.evaluate == "test"
+    if not (report_file if test else grid).exists() and (test or config.validation_size):
+        digits = load_mnist(config.data_dir, "test" if test else "train")
+        images, labels = digits.images, digits.labels
+        if not test:
+            _, held_out = split_validation(labels, config.validation_size, config.seed)
+            images, labels = images[held_out], labels[held_out]
+        logits = predict(load_model(folder / "model.safetensors"), normalise(images, torch.float32))
+        title = (
+            f"{folder.name}: {'test' if test else 'validation'} images, "
+            "24 at random and the 8 most confident mistakes"
+        )
+        sample = _sample_predictions(images, labels, logits, config.seed)
+        painter.draw(draw_predictions, *sample, title, grid)
+        if test:
+            report_file.parent.mkdir(parents=True, exist_ok=True)
+            report_file.write_text(json.dumps(_report(logits, labels), indent=2) + "\n")
+    print_summary(folder, rows)
+
+
+def _report(logits: Tensor, labels: Tensor) -> dict[str, Any]:
+    loss, correct = score(logits, labels).tolist()
+    return {
+        "number": len(labels),
+        "correct": int(correct),
+        "accuracy": correct / len(labels),
+        "accuracy_interval_95": wilson_interval(int(correct), len(labels)),
+        "loss": loss / len(labels),
+    }
+
+
+def _sample_predictions(
+    images: Tensor, labels: Tensor, logits: Tensor, seed: int
+) -> tuple[np.ndarray, ...]:
+    """24 images at random and the 8 most confident mistakes, with labels, predictions and
+    confidences."""
+    confidences, predictions = logits.softmax(1).max(1)
+    generator = torch.Generator().manual_seed(derived_seed(seed, "sample predictions"))
+    chosen = torch.randperm(len(labels), generator=generator)[:24]
+    wrong = (predictions != labels).nonzero()[:, 0]
+    mistakes = wrong[confidences[wrong].argsort(descending=True)][:8]
+    indices = torch.cat([chosen, mistakes])
+    return tuple(values[indices].numpy() for values in (images, labels, predictions, confidences))
+
+
+def print_summary(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """The end of a run in a few lines: accuracy, loss, time, speed, files."""
+    last = rows[-1]
+    lines = []
+    report_file = folder / "evaluation/test/report.json"
+    if report_file.exists():
+        report = json.loads(report_file.read_text())
+        low, high = report["accuracy_interval_95"]
+        lines.append(
+            f"test        accuracy {report['accuracy']:.2%} (95% interval {low:.2%} to {high:.2%}), "
+            f"loss {report['loss']:.4f}, {report['correct']:,} of {report['number']:,} right"
+        )
+    if "validation/loss" in last:
+        lines.append(
+            f"validation  accuracy {last['validation/accuracy']:.2%}, "
+            f"loss {last['validation/loss']:.4f}"
+        )
+    lines.append(
+        f"training    {last['epoch']:.0f} epochs, {last['step']:,} steps in {last['seconds']:.1f} s, "
+        f"{last['images'] / last['seconds']:,.0f} images/s"
+    )
+    lines.append(f"files       {folder}: " + "  ".join(sorted(p.name for p in folder.iterdir())))
+    print("\n".join(["", *lines]), flush=True)
+
+
+def _environment(world: World) -> dict[str, Any]:
+    """What the run runs on."""
+    return {
+        "world_size": world.size,
+        "device": str(world.device),
+        "hardware": _hardware(world.device),
+        "precision": world.precision_name,
+        "threads": world.threads,
+        "usable_cores": usable_cores(),
+        "platform": platform.platform(),
+        "commit": _commit(),
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("torch", "accelerate", "numpy")},
+    }
+
+
+def _hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return str(torch.cpu.get_capabilities().get("cpu_name") or platform.processor())
+
+
+def _commit() -> str | None:
+    """The commit of the source tree that this package runs from, if it runs from one."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

