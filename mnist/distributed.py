@@ -63,7 +63,7 @@ class World:
             dist.all_reduce(tensor)
 
     def from_main(self, function: Callable[[], T]) -> T:
-        """What ``function`` returns on rank 0; an InputError that it raises is raised everywhere."""
+        """What ``function`` returns on rank 0; its InputError is raised on every rank."""
         result: list[T | InputError | None] = [None]
         if self.is_main:
             try:
@@ -86,15 +86,17 @@ def connect(config: TrainConfig) -> World:
     # Imports are done: what they made is permanent and need not be traversed again.
     gc.freeze()
     gc.enable()
+    threads = config.threads or max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    # The launcher's OMP_NUM_THREADS=1 is a default, not a choice; unset, Accelerate warns of it.
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    torch.set_num_threads(threads)
     accelerator = Accelerator(
         # Without `cpu`, several CPU processes silently form as many worlds of one.
         cpu=not torch.accelerator.is_available(),
+        mixed_precision="no",  # step.py has its own, in the precision settled below
         kwargs_handlers=[InitProcessGroupKwargs(timeout=_COLLECTIVE_TIMEOUT)],
-        mixed_precision="no",  # step.py has its own, with the precision settled below
     )
     _check_world_size(accelerator.num_processes, config.expect_world_size)
-    threads = config.threads or max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    torch.set_num_threads(threads)  # the launcher's OMP_NUM_THREADS=1 is a default, not a choice
     return World(
         rank=accelerator.process_index,
         size=accelerator.num_processes,

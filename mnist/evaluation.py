@@ -1,6 +1,7 @@
 """Inference over many images: probabilities, and sums of loss and correct predictions."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,18 @@ def score(logits: Tensor, labels: Tensor) -> Tensor:
     loss = functional.cross_entropy(logits, labels, reduction="sum")
     correct = (logits.argmax(1) == labels).sum()
     return torch.stack([loss.double(), correct.double()])
+
+
+def report(logits: Tensor, labels: Tensor) -> dict[str, Any]:
+    """What ``report.json`` says: number, correct, accuracy, its 95% interval, mean cross-entropy."""
+    loss, correct = score(logits, labels).tolist()
+    return {
+        "number": len(labels),
+        "correct": int(correct),
+        "accuracy": correct / len(labels),
+        "accuracy_interval_95": wilson_interval(int(correct), len(labels)),
+        "loss": loss / len(labels),
+    }
 
 
 def wilson_interval(correct: int, number: int) -> tuple[float, float]:

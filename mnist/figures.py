@@ -63,8 +63,8 @@ def _draw_what_arrives() -> None:
     _new_figure(1, 1)
     with contextlib.suppress(EOFError):
         while True:
-            name, arguments = pickle.load(sys.stdin.buffer)
-            {"draw_curves": draw_curves, "draw_predictions": draw_predictions}[name](*arguments)
+            function, arguments = pickle.load(sys.stdin.buffer)
+            globals()[function](*arguments)
 
 
 def _new_figure(width: float, height: float) -> "Figure":

@@ -1,9 +1,11 @@
 """The MLP of five linear layers, its initial weights, and its file. Training lives elsewhere."""
 
+import itertools
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,16 +26,16 @@ class MLP(nn.Module):
         hidden_sizes: the widths of the four hidden layers.
     """
 
+    layers: Sequence[nn.Linear]
+
     def __init__(self, hidden_sizes: Sequence[int]) -> None:
         super().__init__()
         if len(hidden_sizes) != 4:
             raise InputError(f"the model takes exactly four hidden widths, not {len(hidden_sizes)}")
         self.hidden_sizes = tuple(hidden_sizes)
         widths = (_INPUTS, *hidden_sizes, CLASSES)
-        self.layers = nn.ModuleList(
-            nn.Linear(inputs, outputs, device="meta")
-            for inputs, outputs in zip(widths, widths[1:], strict=False)
-        ).to_empty(device="cpu")
+        layers = [nn.Linear(*sizes, device="meta") for sizes in itertools.pairwise(widths)]
+        self.layers = cast(Sequence[nn.Linear], nn.ModuleList(layers).to_empty(device="cpu"))
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits, N×10, of normalised images, N×784 or N×28×28."""

@@ -30,7 +30,7 @@ class _Layer(NamedTuple):
 
     weight: Tensor  # outputs × inputs
     bias: Tensor  # outputs
-    weight_gradient: Tensor
+    weight_gradient: Tensor  # in the precision that its sum over images is made in
     bias_gradient: Tensor
 
 
@@ -53,32 +53,35 @@ class Learner:
         self.squares = torch.zeros(size if config.optimizer == "adamw" else 0, device=world.device)
         self.updates = torch.zeros((), device=world.device)  # as AdamW counts them
         # All that one all-reduce carries: the gradient, and the sums of loss and correct answers.
-        self.reduced = torch.zeros(size + 2, device=world.device)
-        self.gradient, self.sums = self.reduced.split([size, 2])
+        exact = config.exact_sums and world.precision == torch.float32
+        sum_dtype = torch.float64 if exact else torch.float32
+        self.reduced = torch.zeros(size + 2, dtype=sum_dtype, device=world.device)
+        self._reduced_gradient, self.sums = self.reduced.split([size, 2])
+        self.gradient = self._reduced_gradient.float()  # itself, where it is float32
         self.totals = torch.zeros(2, dtype=torch.float64, device=world.device)
 
         half_size = sum(
             p.numel() for layer in model.layers[:half_layers] for p in layer.parameters()
         )
-        self._full = self.parameters[:half_size]
-        self._full_gradient = self.gradient[:half_size]
-        self._half = self._full.to(world.precision)
+        self._half = self.parameters[:half_size].to(world.precision)
         self._half_gradient = torch.zeros_like(self._half)
         self._layers: list[_Layer] = []
         start = 0
         for index, layer in enumerate(model.layers):
-            sources = (
-                (self._half, self._half_gradient)
-                if index < half_layers
-                else (self.parameters, self.gradient)
-            )
             middle = start + layer.weight.numel()
             stop = middle + layer.bias.numel()
-            shape = layer.weight.shape
-            weight, weight_gradient = (flat[start:middle].view(shape) for flat in sources)
-            bias, bias_gradient = (flat[middle:stop] for flat in sources)
-            self._layers.append(_Layer(weight, bias, weight_gradient, bias_gradient))
-            layer.weight.data = self.parameters[start:middle].view(shape)
+            half = index < half_layers
+            flat = self._half if half else self.parameters
+            flat_gradient = self._half_gradient if half else self._reduced_gradient
+            self._layers.append(
+                _Layer(
+                    weight=flat[start:middle].view(layer.weight.shape),
+                    bias=flat[middle:stop],
+                    weight_gradient=flat_gradient[start:middle].view(layer.weight.shape),
+                    bias_gradient=flat_gradient[middle:stop],
+                )
+            )
+            layer.weight.data = self.parameters[start:middle].view(layer.weight.shape)
             layer.bias.data = self.parameters[middle:stop]
             start = stop
 
@@ -101,8 +104,7 @@ class Learner:
             learning_rate: of this step.
         """
         self._backward(images, labels, batch_size)
-        self.world.all_reduce(self.reduced)
-        self.totals += self.sums
+        self._reduce()
         self._update(learning_rate)
 
     def take_totals(self) -> Tensor:
@@ -131,7 +133,7 @@ class Learner:
         inputs, logits = self._forward(images)
         log_probabilities = logits.log_softmax(1)
         targets = self._targets[labels]
-        self.sums[0] = -(targets * log_probabilities).sum()
+        self.sums[0] = -(targets * log_probabilities).sum(dtype=torch.float64)
         self.sums[1] = (logits.argmax(1) == labels).sum()
         # Of cross-entropy over softmax, by the logits; then backwards by each layer's output.
         delta = log_probabilities.exp_().sub_(targets).div_(batch_size)
@@ -139,53 +141,61 @@ class Learner:
             delta *= self.loss_scale
         for layer, layer_input in zip(reversed(self._layers), reversed(inputs), strict=True):
             delta = delta.to(layer.weight.dtype)
-            torch.sum(delta, 0, out=layer.bias_gradient)
-            torch.mm(delta.t(), layer_input, out=layer.weight_gradient)
+            terms = delta.to(layer.weight_gradient.dtype)
+            torch.sum(terms, 0, out=layer.bias_gradient)
+            torch.mm(terms.t(), layer_input.to(terms.dtype), out=layer.weight_gradient)
             if layer_input is not inputs[0]:
                 delta = torch.ops.aten.threshold_backward(delta @ layer.weight, layer_input, 0)
-        self._full_gradient.copy_(self._half_gradient)
+        self._reduced_gradient[: len(self._half)].copy_(self._half_gradient)
+
+    def _reduce(self) -> None:
+        """Make gradient and sums those of the global batch, on every rank."""
+        self.world.all_reduce(self.reduced)
+        self.gradient.copy_(self._reduced_gradient)
+        self.totals += self.sums
 
     def _update(self, learning_rate: float) -> None:
-        """Change the weights by the gradient, which fp16 leaves out where it overflowed."""
+        """Change the weights by the gradient, unless it overflowed in fp16."""
         overflow = None
         if self.loss_scale is not None:
             overflow = (~self.gradient.isfinite().all()).float()
-        common = {
-            "lr": learning_rate,
-            "weight_decay": self.config.weight_decay,
-            "maximize": False,
-            "fused": True,
-            "grad_scale": self.loss_scale,
-            "found_inf": overflow,
-        }
-        weights, gradient, momentum = [self.parameters], [self.gradient], [self.momentum]
         if self.config.optimizer == "sgd":
             sgd(
-                weights,
-                gradient,
-                momentum,
+                [self.parameters],
+                [self.gradient],
+                [self.momentum],
+                lr=learning_rate,
                 momentum=self.config.momentum,
+                dampening=0.0,
                 nesterov=self.config.nesterov,
-                dampening=0,
-                **common,
+                weight_decay=self.config.weight_decay,
+                maximize=False,
+                fused=True,
+                grad_scale=self.loss_scale,
+                found_inf=overflow,
             )
         else:
             adamw(
-                weights,
-                gradient,
-                momentum,
+                [self.parameters],
+                [self.gradient],
+                [self.momentum],
                 [self.squares],
                 [],
                 [self.updates],
+                lr=learning_rate,
                 beta1=self.config.momentum,
                 beta2=0.999,
                 eps=1e-8,
                 amsgrad=False,
-                **common,
+                weight_decay=self.config.weight_decay,
+                maximize=False,
+                fused=True,
+                grad_scale=self.loss_scale,
+                found_inf=overflow,
             )
         if self.loss_scale is not None and overflow is not None:
             self._adapt_loss_scale(self.loss_scale, overflow)
-        self._half.copy_(self._full)
+        self._half.copy_(self.parameters[: len(self._half)])
 
     def _adapt_loss_scale(self, scale: Tensor, overflow: Tensor) -> None:
         """Halve the scale after an overflow, double it after a long time without one."""

@@ -33,7 +33,7 @@ from mnist.data import (
     split_validation,
 )
 from mnist.distributed import World, connect, usable_cores
-from mnist.evaluation import predict, score, wilson_interval
+from mnist.evaluation import predict, report, score
 from mnist.figures import Painter, draw_curves, draw_predictions
 from mnist.model import MLP, load_model, save_model
 from mnist.step import Learner
@@ -101,9 +101,10 @@ def open_run_folder(config: TrainConfig, world: World) -> bool:
 def fit(config: TrainConfig, world: World) -> MLP:
     """Train a new model; every rank returns the same one.
 
-    Logs rows of: step, epoch, images (so far), train/loss and train/accuracy (means over the images since the last
-    row, each seen before its step learned from it), learning_rate, images_per_second, seconds (of
-    training, so far); at the end of an epoch also validation/loss and validation/accuracy.
+    Logs rows of: step, epoch and images (so far), train/loss and train/accuracy (means over the
+    images since the last row, each scored before its step learned from it), learning_rate,
+    images_per_second, seconds (of training, so far); at the end of an epoch also validation/loss
+    and validation/accuracy.
     """
     training, validation = load_training_data(config, world)
     steps_per_epoch = math.ceil(len(training) / config.batch_size)
@@ -212,19 +213,8 @@ def finish(config: TrainConfig, painter: Painter) -> None:
         painter.draw(draw_predictions, *sample, title, grid)
         if test:
             report_file.parent.mkdir(parents=True, exist_ok=True)
-            report_file.write_text(json.dumps(_report(logits, labels), indent=2) + "\n")
+            report_file.write_text(json.dumps(report(logits, labels), indent=2) + "\n")
     print_summary(folder, rows)
-
-
-def _report(logits: Tensor, labels: Tensor) -> dict[str, Any]:
-    loss, correct = score(logits, labels).tolist()
-    return {
-        "number": len(labels),
-        "correct": int(correct),
-        "accuracy": correct / len(labels),
-        "accuracy_interval_95": wilson_interval(int(correct), len(labels)),
-        "loss": loss / len(labels),
-    }
 
 
 def _sample_predictions(
@@ -244,33 +234,32 @@ def _sample_predictions(
 def print_summary(folder: Path, rows: list[dict[str, Any]]) -> None:
     """The end of a run in a few lines: accuracy, loss, time, speed, files."""
     last = rows[-1]
-    lines = []
+    lines = [""]
     report_file = folder / "evaluation/test/report.json"
     if report_file.exists():
-        report = json.loads(report_file.read_text())
-        low, high = report["accuracy_interval_95"]
+        test = json.loads(report_file.read_text())
+        low, high = test["accuracy_interval_95"]
         lines.append(
-            f"test        accuracy {report['accuracy']:.2%} (95% interval {low:.2%} to {high:.2%}), "
-            f"loss {report['loss']:.4f}, {report['correct']:,} of {report['number']:,} right"
+            f"test        accuracy {test['accuracy']:.2%} (95% interval {low:.2%} to {high:.2%}), "
+            f"loss {test['loss']:.4f}, {test['correct']:,} of {test['number']:,} right"
         )
     if "validation/loss" in last:
-        lines.append(
-            f"validation  accuracy {last['validation/accuracy']:.2%}, "
-            f"loss {last['validation/loss']:.4f}"
-        )
+        accuracy, loss = last["validation/accuracy"], last["validation/loss"]
+        lines.append(f"validation  accuracy {accuracy:.2%}, loss {loss:.4f}")
+    speed = last["images"] / last["seconds"]
     lines.append(
-        f"training    {last['epoch']:.0f} epochs, {last['step']:,} steps in {last['seconds']:.1f} s, "
-        f"{last['images'] / last['seconds']:,.0f} images/s"
+        f"training    {last['epoch']:.0f} epochs, {last['step']:,} steps in "
+        f"{last['seconds']:.1f} s, {speed:,.0f} images/s"
     )
-    lines.append(f"files       {folder}: " + "  ".join(sorted(p.name for p in folder.iterdir())))
-    print("\n".join(["", *lines]), flush=True)
+    lines.append(f"files       {folder}")
+    print("\n".join(lines), flush=True)
 
 
 def _environment(world: World) -> dict[str, Any]:
     """What the run runs on."""
     return {
         "world_size": world.size,
-        "device": str(world.device),
+        "device": world.device.type,
         "hardware": _hardware(world.device),
         "precision": world.precision_name,
         "threads": world.threads,

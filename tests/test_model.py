@@ -66,7 +66,7 @@ def test_other_files_are_one_clear_error(tmp_path):
     save_model(MLP(WIDTHS).initialise(seed=1), good)
     contents = good.read_bytes()
     tensors = load_file(good)
-    with pytest.raises(InputError, match="nothing.*[Nn]o such file"):
+    with pytest.raises(InputError, match=r"nothing.*[Nn]o such file"):
         load_model(tmp_path / "nothing")
     for damage in (
         contents[:-9],

@@ -25,6 +25,11 @@ def learner(model, precision=torch.float32, **settings):
     return Learner(copy.deepcopy(model), TrainConfig(**settings), World(precision=precision))
 
 
+def differentiate(ours, images, labels):
+    ours._backward(images, labels, batch_size=len(labels))
+    ours._reduce()
+
+
 def flat(model):
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
@@ -34,7 +39,7 @@ def test_gradient_and_sums_are_those_of_autograd(smoothing):
     model = MLP(WIDTHS).initialise(0)
     images, labels = batch(50)
     ours = learner(model, label_smoothing=smoothing)
-    ours._backward(images, labels, batch_size=50)
+    differentiate(ours, images, labels)
     logits = model(images)
     loss = functional.cross_entropy(logits, labels, label_smoothing=smoothing)
     loss.backward()
@@ -80,7 +85,7 @@ def test_half_precision_gradient_is_as_near_the_full_one_as_autocast(precision):
     images, labels = batch(64)
     full, half = learner(model), learner(model, precision)
     for each in (full, half):
-        each._backward(images, labels, batch_size=64)
+        differentiate(each, images, labels)
     scale = 1 if half.loss_scale is None else half.loss_scale
     assert half._half.numel() == 784 * 256 + 256 + 256 * 160 + 160
     with torch.autocast("cpu", precision):

@@ -37,7 +37,7 @@ def worlds(tmp_path_factory, data_dir) -> Path:
     # 200 steps of 64 images: uneven slices on three ranks.
     long = f"{common} --validation-size 47200 --epochs 1 --log-every 50"
     # Global batches of one image: empty slices.
-    tiny = f"{common} --validation-size 59990 --epochs 2 --batch-size 1 --hidden-sizes 9 8 7 6"
+    tiny = f"{common} --validation-size 58900 --epochs 1 --batch-size 9 --hidden-sizes 9 8 7 6"
     half = f"{common} --validation-size 59000 --epochs 2 --precision bf16"
     jobs = [(size, f"{long} --run-name long{size}") for size in (1, 2, 3)]
     jobs += [(size, f"{tiny} --run-name tiny{size}") for size in (1, 3)]
@@ -64,10 +64,21 @@ def test_any_world_size_is_the_same_experiment(worlds, name):
         read_metrics(worlds / name / "metrics.jsonl"),
         strict=True,
     ):
+        assert ours.keys() == theirs.keys()
         for key in ("step", "epoch", "images", "learning_rate", "train/accuracy"):
             assert ours[key] == theirs[key]
-        for key in ("train/loss", "validation/loss"):
-            assert ours.get(key) == pytest.approx(theirs.get(key), rel=1e-4)
+        for key in ours.keys() & {"train/loss", "validation/loss"}:
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-4)
+
+
+def test_exact_sums_make_worlds_agree_beyond_rounding(worlds):
+    # Summed in float32, one pair in three differs by 1e-2 after these 200 steps: where a hidden
+    # value is zero but for rounding, the two worlds disagree on whether its unit learns.
+    one = load_file(worlds / "long1" / "model.safetensors")
+    for size in (2, 3):
+        several = load_file(worlds / f"long{size}" / "model.safetensors")
+        for parameter, weights in one.items():
+            assert (several[parameter] - weights).abs().max() < 1e-6 * weights.abs().max()
 
 
 @pytest.mark.parametrize("size", [2, 3])
