@@ -46,7 +46,7 @@ class TrainConfig:
     """MNIST in torchvision's layout, fetched if missing (environment: MNIST_DATA_DIR)."""
     seed: int = 0
     """Decides initial weights, order of the images and validation split."""
-    epochs: int = 20
+    epochs: int = 25
     """Passes over the training images."""
     batch_size: int = 64
     """Images per step, over all processes together."""

@@ -5,6 +5,7 @@ They are drawn in a process of their own (``python -m mnist.figures``), so that 
 """
 
 import contextlib
+import io
 import pickle
 import signal
 import subprocess
@@ -60,7 +61,7 @@ class Painter:
 
 def _draw_what_arrives() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the job, which then ends this
-    _new_figure(1, 1)
+    _new_figure(1, 1).text(0, 0, "loads the fonts").figure.savefig(io.BytesIO())
     with contextlib.suppress(EOFError):
         while True:
             function, arguments = pickle.load(sys.stdin.buffer)
@@ -70,7 +71,7 @@ def _draw_what_arrives() -> None:
 def _new_figure(width: float, height: float) -> "Figure":
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), dpi=110, layout="constrained")
+    return Figure(figsize=(width, height), dpi=110)
 
 
 def _save(figure: "Figure", path: Path) -> None:
@@ -90,6 +91,7 @@ def draw_curves(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     """
     figure = _new_figure(10, 4)
     figure.suptitle(title, fontsize=11)
+    figure.subplots_adjust(left=0.07, right=0.98, bottom=0.13, top=0.91, wspace=0.17)
     for axes, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
         styles = {"train": {"color": _TRAIN}, "validation": {"color": _VALIDATION, "marker": "o"}}
         names = {"train": "training, while learning", "validation": "validation"}
@@ -142,20 +144,28 @@ def draw_predictions(
         columns: images per row.
     """
     rows = -(-len(images) // columns)
-    figure = _new_figure(1.2 * columns, 1.5 * rows + 0.5)
+    # One image of all the images, on a grid with room for two lines of text above each: 32 axes
+    # take five times as long to draw.
+    width, height, text = 42, 46, 16
+    sheet = np.zeros((rows * height, columns * width), np.uint8)
+    figure = _new_figure(1.2 * columns, 1.31 * rows + 0.4)
     figure.suptitle(title, fontsize=11)
-    cells = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axes in cells:
-        axes.set_axis_off()
-    for axes, image, label, prediction, confidence in zip(
-        cells, images, labels, predictions, confidences, strict=False
+    axes = figure.add_axes((0, 0, 1, 1.31 * rows / (1.31 * rows + 0.4)))
+    axes.set_axis_off()
+    for index, (image, label, prediction, confidence) in enumerate(
+        zip(images, labels, predictions, confidences, strict=True)
     ):
-        axes.imshow(image, cmap="gray_r", vmin=0, vmax=255)
-        axes.set_title(
+        top, left = height * (index // columns), width * (index % columns)
+        sheet[top + text : top + text + 28, left + 7 : left + 35] = image
+        axes.text(
+            left + width / 2,
+            top + text - 1,
             f"label {label}\npredicted {prediction}, {confidence:.1%}",
+            ha="center",
             fontsize=8,
             color="black" if label == prediction else _MISTAKE,
         )
+    axes.imshow(sheet, cmap="gray_r", vmin=0, vmax=255, aspect="auto", interpolation="nearest")
     _save(figure, path)
 
 

@@ -34,8 +34,8 @@ class MLP(nn.Module):
             raise InputError(f"the model takes exactly four hidden widths, not {len(hidden_sizes)}")
         self.hidden_sizes = tuple(hidden_sizes)
         widths = (_INPUTS, *hidden_sizes, CLASSES)
-        layers = [nn.Linear(*sizes, device="meta") for sizes in itertools.pairwise(widths)]
-        self.layers = cast(Sequence[nn.Linear], nn.ModuleList(layers).to_empty(device="cpu"))
+        layers = [nn.Linear(*sizes) for sizes in itertools.pairwise(widths)]
+        self.layers = cast(Sequence[nn.Linear], nn.ModuleList(layers))
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits, N×10, of normalised images, N×784 or N×28×28."""

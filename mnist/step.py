@@ -133,7 +133,8 @@ class Learner:
         inputs, logits = self._forward(images)
         log_probabilities = logits.log_softmax(1)
         targets = self._targets[labels]
-        self.sums[0] = -(targets * log_probabilities).sum(dtype=torch.float64)
+        # Of the labels as they are: comparable with validation whatever the label smoothing.
+        self.sums[0] = -log_probabilities.gather(1, labels[:, None]).sum(dtype=torch.float64)
         self.sums[1] = (logits.argmax(1) == labels).sum()
         # Of cross-entropy over softmax, by the logits; then backwards by each layer's output.
         delta = log_probabilities.exp_().sub_(targets).div_(batch_size)

@@ -153,7 +153,7 @@ def test_run_folder_of_other_settings_is_refused(tmp_path, data_dir):
     open_run_folder(small(tmp_path, data_dir), WORLD)
     before = (tmp_path / "run" / "config.yaml").read_bytes()
     open_run_folder(small(tmp_path, data_dir, threads=2, log_every=3), WORLD)
-    with pytest.raises(InputError, match="--seed 0 there, 3 here; --epochs 20 there, 2 here"):
+    with pytest.raises(InputError, match="--seed 0 there, 3 here; --epochs 25 there, 2 here"):
         open_run_folder(small(tmp_path, data_dir, seed=3, epochs=2), WORLD)
     assert yaml.safe_load(before)["seed"] == 0
 
