@@ -13,6 +13,7 @@ import json
 import os
 import re
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -276,8 +277,11 @@ def exit_codes() -> Iterator[None]:
         yield
     except InputError as error:
         code = 2
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # every process of a machine finds the same
-            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            # Every process of a machine finds the same mistake. Let the first one say it, whose
+            # end ends this one too; an error that it does not have is said after all.
+            time.sleep(10)
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         code = 130
     except SystemExit as stop:

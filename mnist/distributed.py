@@ -113,8 +113,8 @@ def _check_world_size(size: int, expected: int | None) -> None:
             f"--expect-world-size {expected}, but {size} process(es) train together; {advice}"
         )
     for variable in _WORLD_SIZE_VARIABLES:
+        asked = int(os.environ.get(variable, size))
         # A SLURM step may have one task, a launcher of several processes, per node.
-        asked = int(os.environ.get(variable, 1))
         if asked > size or (asked < size and variable == "WORLD_SIZE"):
             raise InputError(f"{variable}={asked}, but {size} process(es) train together; {advice}")
     asked = _processes_asked_of_accelerate()

@@ -31,7 +31,7 @@ def score(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def report(logits: Tensor, labels: Tensor) -> dict[str, Any]:
-    """What ``report.json`` says: number, correct, accuracy, its 95% interval, mean cross-entropy."""
+    """What ``report.json`` says of N×10 logits and N labels."""
     loss, correct = score(logits, labels).tolist()
     return {
         "number": len(labels),

@@ -61,7 +61,9 @@ class Painter:
 
 def _draw_what_arrives() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the job, which then ends this
-    _new_figure(1, 1).text(0, 0, "loads the fonts").figure.savefig(io.BytesIO())
+    figure = _new_figure(1, 1)
+    figure.text(0, 0, "loads the fonts")
+    figure.savefig(io.BytesIO())
     with contextlib.suppress(EOFError):
         while True:
             function, arguments = pickle.load(sys.stdin.buffer)

@@ -16,6 +16,7 @@ from mnist.config import InputError, derived_seed
 from mnist.data import IMAGE_SHAPE, MEAN, STD
 
 CLASSES = 10
+_FORMAT = "mnist-mlp-1"
 _INPUTS = IMAGE_SHAPE[0] * IMAGE_SHAPE[1]
 
 
@@ -63,17 +64,16 @@ def save_model(model: MLP, path: Path) -> None:
     The file appears whole or not at all.
     """
     metadata = {
-        "format": "pt",
-        "model": "mnist-mlp-1",
-        "hidden_sizes": json.dumps(model.hidden_sizes),
-        "input": f"{_INPUTS} pixels, (value / 255 - mean) / std, ink high on a ground of 0",
-        "mean": str(MEAN),
-        "std": str(STD),
+        "hidden_sizes": model.hidden_sizes,
+        "input": f"{_INPUTS} pixels: (value / 255 - mean) / std, ink high, ground 0",
+        "mean": MEAN,
+        "std": STD,
     }
     tensors = {name: weight.float().contiguous() for name, weight in model.state_dict().items()}
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     with aside.open("wb") as file:
-        file.write(save(tensors, metadata))
+        # One entry: safetensors writes several in an order that changes from call to call.
+        file.write(save(tensors, {_FORMAT: json.dumps(metadata)}))
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)
@@ -87,12 +87,13 @@ def load_model(path: Path) -> MLP:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("model") != "mnist-mlp-1":
-                raise InputError(f"{path}: not a model of this package (its metadata says no such)")
-            if (float(metadata["mean"]), float(metadata["std"])) != (MEAN, STD):
+            description = (file.metadata() or {}).get(_FORMAT)
+            if description is None:
+                raise InputError(f"{path}: not a model of this package (no {_FORMAT} metadata)")
+            metadata = json.loads(description)
+            if (metadata["mean"], metadata["std"]) != (MEAN, STD):
                 raise InputError(f"{path}: made for another normalisation of its input")
-            model = MLP(json.loads(metadata["hidden_sizes"]))
+            model = MLP(metadata["hidden_sizes"])
             model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
             return model
     except OSError as error:

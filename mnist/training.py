@@ -55,6 +55,8 @@ def train(config: TrainConfig, painter: Painter | None) -> None:
     fetch_mnist(config.data_dir)  # before processes wait for each other
     world = connect(config)
     complete = world.from_main(lambda: open_run_folder(config, world))
+    if complete and world.is_main:
+        print(f"{config.run_folder} is complete")
     if not complete:
         model = fit(config, world)
         if world.is_main:

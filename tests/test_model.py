@@ -1,5 +1,7 @@
 """The network and its file."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -56,9 +58,16 @@ def test_metadata_is_enough_for_others(tmp_path):
 
     save_model(MLP(WIDTHS).initialise(seed=1), tmp_path / "model.safetensors")
     with safe_open(tmp_path / "model.safetensors", framework="numpy") as file:
-        metadata = file.metadata()
-    assert metadata["hidden_sizes"] == "[20, 16, 12, 14]"
-    assert (float(metadata["mean"]), float(metadata["std"])) == (0.1307, 0.3081)
+        metadata = json.loads(file.metadata()["mnist-mlp-1"])
+    assert metadata["hidden_sizes"] == [20, 16, 12, 14]
+    assert (metadata["mean"], metadata["std"]) == (0.1307, 0.3081)
+
+
+def test_same_weights_same_bytes(tmp_path):
+    files = [tmp_path / str(index) for index in range(8)]
+    for file in files:
+        save_model(MLP(WIDTHS).initialise(seed=1), file)
+    assert len({file.read_bytes() for file in files}) == 1
 
 
 def test_other_files_are_one_clear_error(tmp_path):
@@ -80,13 +89,13 @@ def test_other_files_are_one_clear_error(tmp_path):
     save_file(tensors, bad)
     with pytest.raises(InputError, match="not a model of this package"):
         load_model(bad)
-    metadata = {"model": "mnist-mlp-1", "hidden_sizes": "[20, 16, 12]", "mean": "0.1307"}
-    save_file(tensors, bad, metadata | {"std": "0.3081"})
-    with pytest.raises(InputError, match="four hidden widths"):
-        load_model(bad)
-    save_file(tensors, bad, metadata | {"std": "0.5"})
-    with pytest.raises(InputError, match="normalisation"):
-        load_model(bad)
-    save_file(tensors, bad, metadata | {"std": "0.3081", "hidden_sizes": "[20, 16, 12, 15]"})
-    with pytest.raises(InputError, match="not a usable model file"):
-        load_model(bad)
+    for change, expected in (
+        ({"hidden_sizes": [20, 16, 12]}, "four hidden widths"),
+        ({"std": 0.5}, "normalisation"),
+        ({"hidden_sizes": [20, 16, 12, 15]}, "not a usable model file"),
+        ({"hidden_sizes": None}, "not a usable model file"),
+    ):
+        metadata = {"hidden_sizes": WIDTHS, "mean": 0.1307, "std": 0.3081} | change
+        save_file(tensors, bad, {"mnist-mlp-1": json.dumps(metadata)})
+        with pytest.raises(InputError, match=expected):
+            load_model(bad)

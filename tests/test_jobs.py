@@ -1,0 +1,226 @@
+"""Real launches, as a user types them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from mnist.tracking import read_metrics
+
+pytestmark = pytest.mark.launch
+
+ROOT = Path(__file__).parents[1]
+JOB = str(ROOT / "jobs/train.py")
+BIN = Path(sys.executable).parent
+ACCELERATE = f"{BIN}/accelerate launch"
+TWO_PROCESSES = {
+    "accelerate": f"{ACCELERATE} --multi_gpu --num_processes 2 --num_machines 1 "
+    "--mixed_precision no --dynamo_backend no --main_process_port 0",
+    "torchrun": f"{BIN}/torchrun --standalone --nproc-per-node 2",
+}
+# 1,000 images, 10 steps.
+SMALL = "--validation-size 59000 --batch-size 200 --epochs 2 --hidden-sizes 64 48 32 16"
+
+
+def run(command, cwd, **environment):
+    """Run a command without any launcher's or SLURM's variables; return the finished process."""
+    ours = ("WORLD_SIZE", "RANK", "LOCAL_", "MASTER_", "ACCELERATE_", "OMP_", "SLURM_", "MNIST_")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    return subprocess.run(
+        command.split(),
+        cwd=cwd,
+        env=clean | environment,
+        capture_output=True,
+        text=True,
+        timeout=90,
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, data_dir):
+    """A run of one process by `accelerate launch` with no configuration, in a folder of its own."""
+    cwd = tmp_path_factory.mktemp("one")
+    command = f"{ACCELERATE} {JOB} {SMALL} --run-name one"
+    done = run(command, cwd, MNIST_DATA_DIR=str(data_dir))
+    assert done.returncode == 0, done.stderr
+    return cwd, command, done
+
+
+def test_plain_launch_leaves_a_whole_run(finished):
+    cwd, _, done = finished
+    folder = cwd / "runs" / "one"
+    names = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    assert names == {
+        "config.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "model.safetensors",
+        "figures/loss_curves.png",
+        "figures/sample_predictions.png",
+        "evaluation/test/report.json",
+    }
+    for figure in (folder / "figures").iterdir():
+        assert figure.read_bytes().startswith(b"\x89PNG") and figure.stat().st_size > 10_000
+    environment = json.loads((folder / "environment.json").read_text())
+    # The launcher sets OMP_NUM_THREADS=1.
+    assert environment["threads"] == len(os.sched_getaffinity(0))
+    assert environment["world_size"] == 1
+    report = json.loads((folder / "evaluation/test/report.json").read_text())
+    assert report["number"] == 10_000 and report["correct"] == report["accuracy"] * 10_000
+    assert f"accuracy {report['accuracy']:.2%}" in done.stdout
+    assert "epoch 2/2" in done.stdout and "runs/one" in done.stdout
+
+
+def test_same_command_again_is_complete_and_changes_nothing(finished, data_dir):
+    cwd, command, done = finished
+    before = {path: path.stat().st_mtime_ns for path in cwd.rglob("*") if path.is_file()}
+    again = run(command.replace(ACCELERATE, sys.executable), cwd, MNIST_DATA_DIR=str(data_dir))
+    assert again.returncode == 0, again.stderr
+    assert {path: path.stat().st_mtime_ns for path in cwd.rglob("*") if path.is_file()} == before
+    assert "complete" in again.stdout and "epoch 2/2" not in again.stdout
+    assert done.stdout[done.stdout.index("test ") :] in again.stdout
+
+
+def test_same_seed_same_bytes(finished, tmp_path, data_dir):
+    cwd, command, _ = finished
+    again = run(
+        command.replace(ACCELERATE, sys.executable) + " --evaluate none",
+        tmp_path,
+        MNIST_DATA_DIR=str(data_dir),
+    )
+    assert again.returncode == 0, again.stderr
+    one, other = (folder / "runs" / "one" for folder in (cwd, tmp_path))
+    assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+    rows, others = (read_metrics(folder / "metrics.jsonl") for folder in (one, other))
+    times = {"seconds", "images_per_second"}
+    assert [{k: v for k, v in row.items() if k not in times} for row in rows] == [
+        {k: v for k, v in row.items() if k not in times} for row in others
+    ]
+    assert not (other / "evaluation").exists()  # --evaluate none
+    assert (other / "figures" / "sample_predictions.png").exists()
+
+
+@pytest.mark.parametrize("launcher", TWO_PROCESSES)
+def test_documented_lines_really_make_a_world_of_two(finished, tmp_path, data_dir, launcher):
+    done = run(
+        f"{TWO_PROCESSES[launcher]} {JOB} {SMALL} --run-name one --expect-world-size 2 "
+        f"--data-dir {data_dir} --precision fp32",
+        tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    environment = json.loads((tmp_path / "runs/one/environment.json").read_text())
+    assert environment["world_size"] == 2
+    assert environment["threads"] == max(1, len(os.sched_getaffinity(0)) // 2)
+    assert done.stdout.count("epoch 2/2") == 1  # rank 0 alone speaks
+    weights = load_file(tmp_path / "runs/one/model.safetensors")
+    alone = load_file(finished[0] / "runs/one/model.safetensors")  # in bf16 where it is native
+    assert all((weights[name] - alone[name]).abs().max() < 0.02 for name in alone)
+
+
+def test_scripts_train_makes_a_world_of_n(tmp_path, data_dir):
+    done = run(
+        f"{ROOT}/scripts/train --processes 2 {SMALL} --evaluate none --data-dir {data_dir} "
+        "--run-name two",
+        tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    environment = json.loads((tmp_path / "runs/two/environment.json").read_text())
+    assert environment["world_size"] == 2
+
+
+@pytest.mark.parametrize("line", ["--num_processes 2", "--cpu --num_processes 2"])
+def test_launch_lines_that_form_a_silent_world_of_one_are_errors(tmp_path, data_dir, line):
+    done = run(f"{ACCELERATE} {line} {JOB} {SMALL} --data-dir {data_dir}", tmp_path)
+    assert done.returncode == 1  # of the launcher, whatever the job's
+    assert "asked for 2 processes and started 1" in done.stderr
+    assert "scripts/train --processes N" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+MISTAKES = {
+    "unknown option": ("--batch-siz 3", "--batch-siz"),
+    "batch of none": ("--batch-size 0", "--batch-size"),
+    "five hidden widths": ("--hidden-sizes 5 4 3 2 1", "--hidden-sizes"),
+    "data folder is a file": ("--data-dir file", "file"),
+    "run folder below a file": ("--runs-dir file/runs", "--runs-dir"),
+    "fp16 without a GPU": ("--precision fp16", "--precision fp16"),
+    "other world than expected": ("--expect-world-size 2", "--expect-world-size 2"),
+}
+
+
+def check_mistake(done, folder, expected):
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert expected in line
+    assert done.stdout == ""
+    assert [path.name for path in folder.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_one_line_and_leave_nothing(tmp_path, data_dir, mistake):
+    (tmp_path / "file").write_text("")
+    options, expected = MISTAKES[mistake]
+    done = run(f"{sys.executable} {JOB} {SMALL} {options}", tmp_path, MNIST_DATA_DIR=str(data_dir))
+    check_mistake(done, tmp_path, expected)
+
+
+@pytest.mark.parametrize(
+    "options", ["--batch-size 0", "--data-dir file", "--processes 2 --data-dir file"]
+)
+def test_scripts_return_the_code_of_the_job_and_hide_the_launcher(tmp_path, options):
+    (tmp_path / "file").write_text("")
+    done = run(f"{ROOT}/scripts/train {SMALL} {options}", tmp_path)
+    check_mistake(done, tmp_path, "file" if "file" in options else "--batch-size")
+
+
+def test_environment_that_contradicts_accelerate_is_an_error(tmp_path, data_dir):
+    # What a launcher's leftovers in the shell do: WORLD_SIZE without the rest.
+    done = run(
+        f"{sys.executable} {JOB} {SMALL} --data-dir {data_dir}", tmp_path, SLURM_STEP_NUM_TASKS="2"
+    )
+    assert done.returncode == 2
+    assert "SLURM_STEP_NUM_TASKS=2, but 1 process" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a read-only folder needs root")
+def test_read_only_folder_is_named(tmp_path, data_dir):
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    mount = f"mount -t tmpfs -o ro none {folder}"
+    job = f"{sys.executable} {JOB} {SMALL} --data-dir {data_dir}"
+    script = tmp_path / "script.sh"
+    script.write_text(f"{mount} || exit 77\nexec {job}\n")
+    done = run(f"unshare --mount bash {script}", tmp_path)
+    if done.returncode == 77:
+        pytest.skip("may not mount here")
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        f"train.py: run folder {Path('runs') / folder_name(done)}: Read-only file system; "
+        "see --runs-dir"
+    ]
+
+
+def folder_name(done):
+    return done.stderr.split("run folder runs/")[1].split(":")[0]
+
+
+def peak_memory(command, cwd):
+    process = subprocess.Popen(command.split(), cwd=cwd, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0
+    return usage.ru_maxrss / 1024
+
+
+def test_training_needs_at_most_500_mb_beyond_its_imports(tmp_path, data_dir):
+    (tmp_path / "imports.py").write_text("import torch, accelerate\n")
+    imports = peak_memory(f"{sys.executable} imports.py", tmp_path)
+    # The whole data set in the wider precision, which keeps twice as many bytes of it.
+    command = f"{sys.executable} {JOB} --epochs 1 --precision fp32 --data-dir {data_dir}"
+    assert peak_memory(command, tmp_path) - imports < 500
