@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mnist.files import write_file
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -78,9 +80,9 @@ def _new_figure(width: float, height: float) -> "Figure":
 
 def _save(figure: "Figure", path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}")
-    figure.savefig(aside, format="png")
-    aside.replace(path)
+    contents = io.BytesIO()
+    figure.savefig(contents, format="png")
+    write_file(path, contents.getvalue())
 
 
 def draw_curves(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from mnist.config import InputError, derived_seed
 from mnist.data import IMAGE_SHAPE, MEAN, STD
+from mnist.files import write_file
 
 CLASSES = 10
 _FORMAT = "mnist-mlp-1"
@@ -70,13 +70,8 @@ def save_model(model: MLP, path: Path) -> None:
         "std": STD,
     }
     tensors = {name: weight.float().contiguous() for name, weight in model.state_dict().items()}
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with aside.open("wb") as file:
-        # One entry: safetensors writes several in an order that changes from call to call.
-        file.write(save(tensors, {_FORMAT: json.dumps(metadata)}))
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    # One entry: safetensors writes several in an order that changes from call to call.
+    write_file(path, save(tensors, {_FORMAT: json.dumps(metadata)}))
 
 
 def load_model(path: Path) -> MLP:

@@ -35,6 +35,7 @@ from mnist.data import (
 from mnist.distributed import World, connect, usable_cores
 from mnist.evaluation import predict, report, score
 from mnist.figures import Painter, draw_curves, draw_predictions
+from mnist.files import write_file
 from mnist.model import MLP, load_model, save_model
 from mnist.step import Learner
 from mnist.tracking import NoTracker, Tracker, read_metrics
@@ -92,8 +93,8 @@ def open_run_folder(config: TrainConfig, world: World) -> bool:
         elif folder.exists() and any(folder.iterdir()):
             raise InputError(f"{folder} is not a run folder; choose another --run-name")
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "environment.json").write_text(json.dumps(_environment(world), indent=2) + "\n")
-        settings.write_text(yaml.safe_dump(to_yaml(config), sort_keys=False))
+        write_file(folder / "environment.json", json.dumps(_environment(world), indent=2) + "\n")
+        write_file(settings, yaml.safe_dump(to_yaml(config), sort_keys=False))
     except (OSError, yaml.YAMLError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise InputError(f"run folder {folder}: {reason}; see --runs-dir") from None
@@ -200,7 +201,8 @@ def finish(config: TrainConfig, painter: Painter) -> None:
     if not curves.exists():
         painter.draw(draw_curves, rows, folder.name, curves)
     test = config.evaluate == "test"
-    if not (report_file if test else grid).exists() and (test or config.validation_size):
+    missing = not grid.exists() or (test and not report_file.exists())
+    if missing and (test or config.validation_size):
         digits = load_mnist(config.data_dir, "test" if test else "train")
         images, labels = digits.images, digits.labels
         if not test:
@@ -215,7 +217,7 @@ def finish(config: TrainConfig, painter: Painter) -> None:
         painter.draw(draw_predictions, *sample, title, grid)
         if test:
             report_file.parent.mkdir(parents=True, exist_ok=True)
-            report_file.write_text(json.dumps(report(logits, labels), indent=2) + "\n")
+            write_file(report_file, json.dumps(report(logits, labels), indent=2) + "\n")
     print_summary(folder, rows)
 
 
