@@ -31,7 +31,7 @@ import torch
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
 from mnist.config import InputError, derived_seed
 
@@ -55,6 +55,7 @@ _STALL_SECONDS = 30  # S3 has 8 addresses: without this limit a black hole costs
 _WAIT_NOTICE_SECONDS = 3
 _CHUNK_BYTES = 1 << 21
 _CHUNK_IMAGES = 1024  # 3 MB in float32; a larger chunk's fresh pages cost ten times its arithmetic
+_BLOCK_IMAGES = 1024  # 1.6 MB in bf16: fits a core's cache
 
 
 # ------------------------------------------------------------------------- getting the files
@@ -480,8 +481,8 @@ class GlobalBatches(Sampler[Tensor]):
             step += last - first
 
 
-class BatchedDigits(Dataset[tuple[Tensor, Tensor]]):
-    """Normalised images, N x 784, and labels, int64 N; one gather makes a whole batch."""
+class BatchedDigits(Dataset[list[tuple[Tensor, Tensor]]]):
+    """Normalised images, N x 784, and labels, int64 N; one gather makes a block of batches."""
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
         assert len(images) == len(labels)
@@ -490,24 +491,32 @@ class BatchedDigits(Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Images B x 784 and labels B at int64 indices B, on the device that holds the data."""
-        indices = indices.to(self.images.device, non_blocking=True)
-        return self.images.index_select(0, indices), self.labels.index_select(0, indices)
+    def __getitem__(self, batches: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Images B x 784 and labels B for each tensor of indices B, on the data's device."""
+        sizes = [len(batch) for batch in batches]
+        indices = torch.cat(batches).to(self.images.device, non_blocking=True)
+        images = self.images.index_select(0, indices).split(sizes)
+        return list(zip(images, self.labels.index_select(0, indices).split(sizes), strict=True))
 
 
-def make_loader(
-    dataset: BatchedDigits, sampler: GlobalBatches
-) -> DataLoader[tuple[Tensor, Tensor]]:
-    """A loader without automatic batching: the sampler's index tensor is the batch."""
-    return DataLoader(
+def load_batches(dataset: BatchedDigits, sampler: GlobalBatches) -> Iterator[tuple[Tensor, Tensor]]:
+    """The sampler's batches in turn, through a loader without automatic batching.
+
+    Its item is a block of batches taken by one gather, which costs a step 20 us instead of 60.
+    """
+    # Typed for single indices; ours are tensors of them.
+    steps: Sampler[Any] = sampler
+    blocks = BatchSampler(steps, max(1, _BLOCK_IMAGES // sampler.batch_size), drop_last=False)
+    loader: DataLoader[list[tuple[Tensor, Tensor]]] = DataLoader(
         dataset,
         batch_size=None,
-        sampler=sampler,
-        collate_fn=_as_it_is,  # the default one makes a list of the tuple, 3 µs a batch
+        sampler=blocks,
+        collate_fn=_as_it_is,
         generator=torch.Generator(),  # else every pass draws a seed from the global one
     )
+    for block in loader:
+        yield from block
 
 
-def _as_it_is(batch: Any) -> Any:
-    return batch
+def _as_it_is(block: Any) -> Any:
+    return block

@@ -83,9 +83,10 @@ def connect(config: TrainConfig) -> World:
     Raises:
         InputError: the world is not the one asked for, or fp16 without a GPU.
     """
-    # Imports are done: what they made is permanent and need not be traversed again.
-    gc.freeze()
-    gc.enable()
+    if not gc.isenabled():
+        # A job imports without garbage collection; what imports made need not be traversed again.
+        gc.freeze()
+        gc.enable()
     threads = config.threads or max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     # The launcher's OMP_NUM_THREADS=1 is a default, not a choice; unset, Accelerate warns of it.
     os.environ["OMP_NUM_THREADS"] = str(threads)

@@ -26,8 +26,8 @@ from mnist.data import (
     BatchedDigits,
     GlobalBatches,
     fetch_mnist,
+    load_batches,
     load_mnist,
-    make_loader,
     normalise,
     rank_slice,
     split_validation,
@@ -129,7 +129,7 @@ def fit(config: TrainConfig, world: World) -> MLP:
     metrics = config.run_folder / "metrics.jsonl"
     with Tracker(metrics, steps, config.epochs) if world.is_main else NoTracker() as tracker:
         logged_step, seconds, started = 0, 0.0, time.perf_counter()
-        for step, (images, labels) in enumerate(make_loader(training, batches), start=1):
+        for step, (images, labels) in enumerate(load_batches(training, batches), start=1):
             batch_size = images_until(step) - images_until(step - 1)
             rate = config.learning_rate * schedule((step - 0.5) / steps, config)
             learner.step(images, labels, batch_size, rate)

@@ -570,15 +570,15 @@ def keep_global_random_state() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("keep_global_random_state")
-def test_loader_gives_the_samplers_batches() -> None:
+@pytest.mark.parametrize("block", [1, 4, 8, 1024])
+def test_loader_gives_the_samplers_batches(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    monkeypatch.setattr(data, "_BLOCK_IMAGES", block)
     images = torch.arange(10 * 784, dtype=torch.float32).reshape(10, 784)
     labels = torch.arange(10) * 3
     dataset = data.BatchedDigits(images, labels)
-    sampler = data.GlobalBatches(size=10, batch_size=4, seed=0, rank=1, world_size=2, stop_step=3)
-    loader = data.make_loader(dataset, sampler)
-    assert len(dataset) == 10 and len(loader) == 3
-    for indices, batch in zip(sampler, loader, strict=True):
-        assert isinstance(batch, tuple)
+    sampler = data.GlobalBatches(size=10, batch_size=4, seed=0, rank=1, world_size=2, stop_step=5)
+    assert len(dataset) == 10
+    for indices, batch in zip(sampler, data.load_batches(dataset, sampler), strict=True):
         assert batch[1].tolist() == [3 * index for index in indices.tolist()]
         assert batch[0][:, 0].tolist() == [784.0 * index for index in indices.tolist()]
         assert batch[0].shape == (len(indices), 784)
