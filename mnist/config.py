@@ -72,8 +72,8 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Of the large matrix products; auto: the launcher's, else bf16 where it is native."""
     exact_sums: bool = True
-    """In fp32, sum gradients over images in float64: then worlds of any size end with the same
-    weights, mostly to the last bit. A step takes 1.5 times as long."""
+    """In fp32 on CPUs, sum gradients over images in float64: then worlds of any size end with
+    the same weights, mostly to the last bit. A step takes 1.5 times as long."""
     threads: int | None = None
     """CPU threads per process; by default all cores this process may use, shared by the
     processes of a machine."""
@@ -138,14 +138,17 @@ _NUMERIC = (
 ).split()
 
 RECIPES: dict[str, dict[str, Any]] = {
-    # The original: SGD 0.01 with momentum 0.9 at a constant rate.
+    # The original: SGD 0.01 with momentum 0.9 at a constant rate. On validation images accuracy
+    # still rises up to epoch 25 (98.24% over 5 splits), then stays.
     "baseline": {},
+    # Chosen on validation images (98.25% over 10 splits; 4 epochs reach 98.39%, 2 fall short).
     "fast": {
-        "epochs": 4,
+        "epochs": 3,
         "batch_size": 256,
         "optimizer": "adamw",
         "learning_rate": 0.005,
         "schedule": "triangular",
+        "warmup": 0.3,
         "momentum": 0.85,
         "weight_decay": 0.05,
         "label_smoothing": 0.05,

@@ -180,6 +180,11 @@ def _multiplies_bf16_natively(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def widest_float(device: torch.device) -> torch.dtype:
+    """For sums over many images: float64, which Apple's GPUs lack."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def usable_cores() -> int:
     """CPU cores this process may use: its affinity, and its container's quota."""
     cores = (

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mnist.distributed import widest_float
+
 # Large enough for full speed, small enough that activations stay in megabytes.
 _CHUNK_IMAGES = 4096
 
@@ -19,7 +21,7 @@ def predict(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
 
 
 def score(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sums over images, [cross-entropy, correct predictions], float64.
+    """Sums over images: [cross-entropy, correct predictions].
 
     Args:
         logits: N×10; N may be 0.
@@ -27,7 +29,8 @@ def score(logits: Tensor, labels: Tensor) -> Tensor:
     """
     loss = functional.cross_entropy(logits, labels, reduction="sum")
     correct = (logits.argmax(1) == labels).sum()
-    return torch.stack([loss.double(), correct.double()])
+    wide = widest_float(logits.device)
+    return torch.stack([loss.to(wide), correct.to(wide)])
 
 
 def report(logits: Tensor, labels: Tensor) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 from mnist.config import TrainConfig
-from mnist.distributed import World
+from mnist.distributed import World, widest_float
 from mnist.model import CLASSES, MLP
 
 # Layers after the last one of this many weights stay in float32, the logits among them: small
@@ -53,12 +53,15 @@ class Learner:
         self.squares = torch.zeros(size if config.optimizer == "adamw" else 0, device=world.device)
         self.updates = torch.zeros((), device=world.device)  # as AdamW counts them
         # All that one all-reduce carries: the gradient, and the sums of loss and correct answers.
-        exact = config.exact_sums and world.precision == torch.float32
+        # On GPUs float64 can be 64 times slower, and a row's result depends on its batch anyway.
+        exact = (
+            config.exact_sums and world.precision == torch.float32 and world.device.type == "cpu"
+        )
         sum_dtype = torch.float64 if exact else torch.float32
         self.reduced = torch.zeros(size + 2, dtype=sum_dtype, device=world.device)
         self._reduced_gradient, self.sums = self.reduced.split([size, 2])
         self.gradient = self._reduced_gradient.float()  # itself, where it is float32
-        self.totals = torch.zeros(2, dtype=torch.float64, device=world.device)
+        self.totals = torch.zeros(2, dtype=widest_float(world.device), device=world.device)
 
         half_size = sum(
             p.numel() for layer in model.layers[:half_layers] for p in layer.parameters()
@@ -108,7 +111,7 @@ class Learner:
         self._update(learning_rate)
 
     def take_totals(self) -> Tensor:
-        """Sums of loss and correct predictions over all ranks since the last call, float64."""
+        """Sums of loss and correct predictions over all ranks since the last call."""
         totals = self.totals.clone()
         self.totals.zero_()
         return totals
@@ -134,7 +137,7 @@ class Learner:
         log_probabilities = logits.log_softmax(1)
         targets = self._targets[labels]
         # Of the labels as they are: comparable with validation whatever the label smoothing.
-        self.sums[0] = -log_probabilities.gather(1, labels[:, None]).sum(dtype=torch.float64)
+        self.sums[0] = -log_probabilities.gather(1, labels[:, None]).sum(dtype=self.sums.dtype)
         self.sums[1] = (logits.argmax(1) == labels).sum()
         # Of cross-entropy over softmax, by the logits; then backwards by each layer's output.
         delta = log_probabilities.exp_().sub_(targets).div_(batch_size)
