@@ -18,7 +18,8 @@ class Tracker:
     def __init__(self, path: Path, steps: int, epochs: int) -> None:
         self._file = path.open("w")
         self._epochs = epochs
-        self._epoch_start = {"images": 0, "seconds": 0.0}
+        self._images = 0
+        self._epoch = _nothing()
         self._bar = tqdm(total=steps, unit="step", disable=not sys.stderr.isatty(), leave=False)
 
     def log(self, row: dict[str, Any]) -> None:
@@ -27,19 +28,29 @@ class Tracker:
         self._file.flush()
         self._bar.set_postfix_str(f"loss {row['train/loss']:.4f}", refresh=False)
         self._bar.update(row["step"] - self._bar.n)
+        images, self._images = row["images"] - self._images, row["images"]
+        self._epoch["images"] += images
+        self._epoch["seconds"] += images / row["images_per_second"]
+        for key in ("train/loss", "train/accuracy"):
+            self._epoch[key] += images * row[key]
         if row["epoch"] == int(row["epoch"]):
-            width = len(str(self._epochs))
-            since = {key: row[key] - value for key, value in self._epoch_start.items()}
-            parts = [
-                f"epoch {row['epoch']:{width}.0f}/{self._epochs}",
-                _shown("training", row, "train"),
-            ]
-            if "validation/loss" in row:
-                parts.append(_shown("validation", row, "validation"))
-            parts.append(f"{since['images'] / since['seconds']:,.0f} images/s")
-            self._epoch_start = {key: row[key] for key in since}
-            with tqdm.external_write_mode(file=sys.stdout):
-                print("   ".join(parts), flush=True)
+            self._say_epoch(row)
+            self._epoch = _nothing()
+
+    def _say_epoch(self, row: dict[str, Any]) -> None:
+        """One line: means over the epoch just ended, and the validation after it."""
+        images = self._epoch["images"]
+        parts = [
+            f"epoch {row['epoch']:{len(str(self._epochs))}.0f}/{self._epochs}",
+            f"training loss {self._epoch['train/loss'] / images:.4f}, "
+            f"accuracy {self._epoch['train/accuracy'] / images:.2%}",
+        ]
+        if "validation/loss" in row:
+            loss, accuracy = row["validation/loss"], row["validation/accuracy"]
+            parts.append(f"validation loss {loss:.4f}, accuracy {accuracy:.2%}")
+        parts.append(f"{images / self._epoch['seconds']:,.0f} images/s")
+        with tqdm.external_write_mode(file=sys.stdout):
+            print("   ".join(parts), flush=True)
 
     def __enter__(self) -> "Tracker":
         return self
@@ -67,8 +78,8 @@ class NoTracker(Tracker):
         pass
 
 
-def _shown(name: str, row: dict[str, Any], part: str) -> str:
-    return f"{name} loss {row[f'{part}/loss']:.4f}, accuracy {row[f'{part}/accuracy']:.2%}"
+def _nothing() -> dict[str, float]:
+    return {"images": 0, "seconds": 0.0, "train/loss": 0.0, "train/accuracy": 0.0}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
