@@ -13,7 +13,7 @@ from mnist.config import exit_codes, parse_train_config
 from mnist.figures import Painter
 
 if __name__ == "__main__":
-    with exit_codes():
+    with exit_codes("train.py"):
         config = parse_train_config(sys.argv[1:])
         is_main = os.environ.get("RANK", "0") == "0"
         # It imports Matplotlib on another core while this process imports torch.

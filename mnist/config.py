@@ -248,7 +248,7 @@ def _parse_options(arguments: Sequence[str], default: TrainConfig) -> TrainConfi
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(TrainConfig, args=list(arguments), default=default)
+            return tyro.cli(TrainConfig, prog="train.py", args=list(arguments), default=default)
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
@@ -268,8 +268,8 @@ def _first_sentence(box: str) -> str:
 
 
 @contextlib.contextmanager
-def exit_codes() -> Iterator[None]:
-    """Run a job's main part and end the process: 0 done, 2 bad input, 130 Ctrl-C, 1 a bug.
+def exit_codes(job: str) -> Iterator[None]:
+    """Run the main part of ``job`` and end the process: 0 done, 2 bad input, 130 Ctrl-C, 1 a bug.
 
     Torch's own teardown takes 0.5 s of a process's life and frees what the kernel frees anyway,
     so the process ends without it.
@@ -284,14 +284,17 @@ def exit_codes() -> Iterator[None]:
             # Every process of a machine finds the same mistake. Let the first one say it, whose
             # end ends this one too; an error that it does not have is said after all.
             time.sleep(10)
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        print(f"{job}: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         code = 130
+    except BrokenPipeError:  # whoever read the output has gone
+        code = 141
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 0
     except BaseException:
         code = 1
         traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)

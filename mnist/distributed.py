@@ -27,6 +27,8 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 _COLLECTIVE_TIMEOUT = datetime.timedelta(seconds=60)
 
+_ADVICE = "several CPU processes need `scripts/train --processes N` or a line of the README"
+
 # Where launchers say how many processes they have started (torchrun and Accelerate; MPIs; SLURM).
 _WORLD_SIZE_VARIABLES = (
     "WORLD_SIZE",
@@ -91,12 +93,18 @@ def connect(config: TrainConfig) -> World:
     # The launcher's OMP_NUM_THREADS=1 is a default, not a choice; unset, Accelerate warns of it.
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)
-    accelerator = Accelerator(
-        # Without `cpu`, several CPU processes silently form as many worlds of one.
-        cpu=not torch.accelerator.is_available(),
-        mixed_precision="no",  # step.py has its own, in the precision settled below
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=_COLLECTIVE_TIMEOUT)],
-    )
+    try:
+        accelerator = Accelerator(
+            # Without `cpu`, several CPU processes silently form as many worlds of one.
+            cpu=not torch.accelerator.is_available(),
+            mixed_precision="no",  # step.py has its own, in the precision settled below
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=_COLLECTIVE_TIMEOUT)],
+        )
+    except (ValueError, dist.DistError) as error:
+        told = {name: os.environ.get(name) for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR")}
+        shown = " ".join(f"{name}={value}" for name, value in told.items())
+        reason = str(error).splitlines()[0]
+        raise InputError(f"no world forms from {shown}: {reason}; {_ADVICE}") from None
     _check_world_size(accelerator.num_processes, config.expect_world_size)
     return World(
         rank=accelerator.process_index,
@@ -108,20 +116,20 @@ def connect(config: TrainConfig) -> World:
 
 
 def _check_world_size(size: int, expected: int | None) -> None:
-    advice = "several CPU processes need `scripts/train --processes N` or a line of the README"
     if expected is not None and size != expected:
         raise InputError(
-            f"--expect-world-size {expected}, but {size} process(es) train together; {advice}"
+            f"--expect-world-size {expected}, but {size} process(es) train together; {_ADVICE}"
         )
     for variable in _WORLD_SIZE_VARIABLES:
         asked = int(os.environ.get(variable, size))
         # A SLURM step may have one task, a launcher of several processes, per node.
         if asked > size or (asked < size and variable == "WORLD_SIZE"):
-            raise InputError(f"{variable}={asked}, but {size} process(es) train together; {advice}")
+            told = f"{variable}={asked}"
+            raise InputError(f"{told}, but {size} process(es) train together; {_ADVICE}")
     asked = _processes_asked_of_accelerate()
     if asked > size:
         raise InputError(
-            f"`accelerate launch` was asked for {asked} processes and started {size}; {advice}"
+            f"`accelerate launch` was asked for {asked} processes and started {size}; {_ADVICE}"
         )
 
 

@@ -5,6 +5,7 @@ python -m mnist.launch jobs/train.py [--processes N] [options of the job]
 
 import argparse
 import sys
+from pathlib import Path
 
 from mnist.config import InputError, exit_codes, parse_train_config
 
@@ -19,6 +20,10 @@ def main(script: str, arguments: list[str]) -> None:
         raise InputError(f"--processes: {error.message}") from None
     if ours.processes is not None and ours.processes < 1:
         raise InputError(f"--processes takes 1 or more, not {ours.processes}")
+    if {"-h", "--help"} & set(options):
+        print(
+            "scripts/train [--processes N] [OPTIONS]: N processes, by default one per GPU, or one\n"
+        )
     parse_train_config(options)  # so that a mistake is answered before anything is launched
     from mnist.distributed import launch
 
@@ -27,5 +32,5 @@ def main(script: str, arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    with exit_codes():
+    with exit_codes(Path(sys.argv[1]).name):
         main(sys.argv[1], sys.argv[2:])

@@ -224,3 +224,13 @@ def test_training_needs_at_most_500_mb_beyond_its_imports(tmp_path, data_dir):
     # The whole data set in the wider precision, which keeps twice as many bytes of it.
     command = f"{sys.executable} {JOB} --epochs 1 --precision fp32 --data-dir {data_dir}"
     assert peak_memory(command, tmp_path) - imports < 500
+
+
+@pytest.mark.parametrize("world", ["WORLD_SIZE=2", "WORLD_SIZE=2 RANK=1", "OMPI_COMM_WORLD_SIZE=2"])
+def test_half_a_launchers_environment_is_one_line(tmp_path, data_dir, world):
+    variables = dict(word.split("=") for word in world.split())
+    done = run(f"{sys.executable} {JOB} --data-dir {data_dir}", tmp_path, **variables)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "no world forms from WORLD_SIZE=2" in line
+    assert list(tmp_path.iterdir()) == []
