@@ -96,7 +96,7 @@ def draw_curves(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     """
     figure = _new_figure(10, 4)
     figure.suptitle(title, fontsize=11)
-    figure.subplots_adjust(left=0.07, right=0.98, bottom=0.13, top=0.91, wspace=0.17)
+    figure.subplots_adjust(left=0.08, right=0.98, bottom=0.13, top=0.91, wspace=0.17)
     for axes, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
         styles = {"train": {"color": _TRAIN}, "validation": {"color": _VALIDATION, "marker": "o"}}
         names = {"train": "training, while learning", "validation": "validation"}
@@ -110,12 +110,12 @@ def draw_curves(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, loc="upper right" if quantity == "loss" else "lower right")
         if quantity == "loss":
             _scale_logarithmically(axes)
         else:  # the first rows are near chance; what matters happens near 1
             values = [value for row in rows for key, value in row.items() if key.endswith(quantity)]
-            axes.set_ylim(bottom=min(0.9, float(np.quantile(values, 0.1))))
+            axes.set_ylim(min(0.9, float(np.quantile(values, 0.1))), 1.003)
     _save(figure, path)
 
 
@@ -123,7 +123,8 @@ def _scale_logarithmically(axes: "Axes") -> None:
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 1000 else (1,)))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
 

@@ -22,7 +22,7 @@ def main(script: str, arguments: list[str]) -> None:
         raise InputError(f"--processes takes 1 or more, not {ours.processes}")
     if {"-h", "--help"} & set(options):
         print(
-            "scripts/train [--processes N] [OPTIONS]: N processes, by default one per GPU, or one\n"
+            "scripts/train [--processes N] [OPTIONS]: N processes; default: one per GPU, or one\n"
         )
     parse_train_config(options)  # so that a mistake is answered before anything is launched
     from mnist.distributed import launch
