@@ -1,10 +1,9 @@
 """Getting and verifying MNIST, images and labels as tensors in memory, and the batch sampler.
 
-Distortion of images lives in augment.py. Whatever is random here is a pure function of its
+Whatever is random here is a pure function of its
 arguments, so every process knows its own samples and no random state is ever saved.
 """
 
-import ctypes
 import gzip
 import hashlib
 import importlib.util
@@ -12,7 +11,6 @@ import math
 import os
 import re
 import shutil
-import signal
 import socket
 import struct
 import subprocess
@@ -34,6 +32,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
 from mnist.config import InputError, derived_seed
+from mnist.system import die_with_parent
 
 MEAN = 0.1307  # of the training pixels, scaled to 0..1
 STD = 0.3081
@@ -290,7 +289,8 @@ def _run(command: list[str], staging: Path) -> list[str]:
             stdout=output,
             stderr=subprocess.STDOUT,
             env=environment,
-            preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+            # It must not outlive a killed fetch and write into a folder that was cleaned up.
+            preexec_fn=die_with_parent,
         )
     stalled = ""
     try:
@@ -307,15 +307,6 @@ def _run(command: list[str], staging: Path) -> list[str]:
         child.wait()
     lines = log.read_text(errors="replace").splitlines()
     return [line.strip() for line in [*lines, stalled] if line.strip()]
-
-
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
-
-
-def _die_with_parent() -> None:
-    """A download must not outlive a killed fetch and write into a folder that was cleaned up."""
-    assert _LIBC is not None
-    _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _size(folder: Path) -> int:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from mnist.config import InputError, TrainConfig
+from mnist.system import die_with_parent
 
 T = TypeVar("T")
 
@@ -85,11 +86,13 @@ def connect(config: TrainConfig) -> World:
     Raises:
         InputError: the world is not the one asked for, or fp16 without a GPU.
     """
+    if {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys():
+        die_with_parent()  # a launcher; a shell may end, and the job goes on
     if not gc.isenabled():
         # A job imports without garbage collection; what imports made need not be traversed again.
         gc.freeze()
         gc.enable()
-    threads = config.threads or max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    threads = config.threads or max(1, usable_cores() // _environment_number("LOCAL_WORLD_SIZE", 1))
     # The launcher's OMP_NUM_THREADS=1 is a default, not a choice; unset, Accelerate warns of it.
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)
@@ -106,6 +109,9 @@ def connect(config: TrainConfig) -> World:
         reason = str(error).splitlines()[0]
         raise InputError(f"no world forms from {shown}: {reason}; {_ADVICE}") from None
     _check_world_size(accelerator.num_processes, config.expect_world_size)
+    rank = _environment_number("RANK", accelerator.process_index, least=0)
+    if rank != accelerator.process_index:
+        raise InputError(f"RANK={rank}, but this is process {accelerator.process_index}; {_ADVICE}")
     return World(
         rank=accelerator.process_index,
         size=accelerator.num_processes,
@@ -115,13 +121,20 @@ def connect(config: TrainConfig) -> World:
     )
 
 
+def _environment_number(name: str, default: int, least: int = 1) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal() or int(text) < least:
+        raise InputError(f"{name}={text} in the environment is not a number of {least} or more")
+    return int(text)
+
+
 def _check_world_size(size: int, expected: int | None) -> None:
     if expected is not None and size != expected:
         raise InputError(
             f"--expect-world-size {expected}, but {size} process(es) train together; {_ADVICE}"
         )
     for variable in _WORLD_SIZE_VARIABLES:
-        asked = int(os.environ.get(variable, size))
+        asked = _environment_number(variable, size)
         # A SLURM step may have one task, a launcher of several processes, per node.
         if asked > size or (asked < size and variable == "WORLD_SIZE"):
             told = f"{variable}={asked}"
@@ -168,9 +181,7 @@ def _processes_asked_of_accelerate() -> int:
 
 def _precision(setting: str, device: torch.device) -> str:
     if setting == "auto":
-        launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        if launcher not in ("no", "bf16", "fp16"):
-            raise InputError(f"--mixed_precision {launcher} is not supported: no, bf16 or fp16")
+        launcher = _launcher_precision()
         if launcher != "no":  # "no" is also what a launcher writes that was told nothing
             setting = launcher
         else:
@@ -178,6 +189,13 @@ def _precision(setting: str, device: torch.device) -> str:
     if setting == "fp16" and device.type == "cpu":
         raise InputError("--precision fp16 needs a GPU; on CPUs take bf16 or fp32")
     return setting
+
+
+def _launcher_precision() -> str:
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in ("no", "bf16", "fp16"):
+        raise InputError(f"--mixed_precision {precision} is not supported: no, bf16 or fp16")
+    return precision
 
 
 def _multiplies_bf16_natively(device: torch.device) -> bool:
@@ -215,15 +233,17 @@ def launch(script: str, arguments: list[str], processes: int | None) -> int:
         The exit code of the job itself, which Accelerate turns into a 1 and a traceback.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.disable()  # the launchers' own lines; the job's are its own process's
     processes = processes or max(1, torch.accelerator.device_count())
     topology = ["--num_processes", str(processes), "--num_machines", "1", "--dynamo_backend", "no"]
-    topology += ["--mixed_precision", os.environ.get("ACCELERATE_MIXED_PRECISION", "no")]
+    topology += ["--mixed_precision", _launcher_precision()]
     if processes > 1:  # --multi_gpu is the launcher that forms a world, on CPUs too
         topology += ["--multi_gpu", "--main_process_port", "0"]
-    job = [script, *arguments, "--expect-world-size", str(processes)]
+    # Before the user's own, which wins.
+    job = [script, "--expect-world-size", str(processes), *arguments]
     signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C reaches the job too, which decides
     try:
         launch_command(launch_command_parser().parse_args([*topology, *job]))
@@ -231,6 +251,8 @@ def launch(script: str, arguments: list[str], processes: int | None) -> int:
         return _shell_code(error.returncode)
     except ChildFailedError as error:
         return _shell_code(error.get_first_failure()[1].exitcode)
+    except SignalException as error:
+        return 128 + error.sigval
     return 0
 
 

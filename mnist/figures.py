@@ -4,8 +4,10 @@ They are drawn in a process of their own (``python -m mnist.figures``), so that 
 1.2 s, and the drawing cost training nothing. Imports no torch.
 """
 
+import atexit
 import contextlib
 import io
+import logging
 import os
 import pickle
 import signal
@@ -18,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mnist.files import write_file
+from mnist.system import write_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,17 +55,17 @@ class Painter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Wait for the figures; if the job has failed, drop them instead."""
-        if error is not None:
-            self._process.kill()
+        """Wait for the figures, unless the job has failed: then leave the process to end alone."""
+        assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
-            self._process.communicate()
-        if error is None and self._process.returncode:
+            self._process.stdin.close()
+        if error is None and self._process.wait():
             print("warning: figures could not be drawn, see above; all else is", file=sys.stderr)
 
 
 def _draw_what_arrives() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the job, which then ends this
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # of a home that is not writable
     figure = _new_figure(1, 1)
     figure.text(0, 0, "loads the fonts")
     figure.savefig(io.BytesIO())
@@ -136,7 +138,6 @@ def draw_predictions(
     confidences: np.ndarray,
     title: str,
     path: Path,
-    columns: int = 8,
 ) -> None:
     """A grid of images with label, prediction and confidence, mistakes in red, as a PNG.
 
@@ -147,8 +148,8 @@ def draw_predictions(
         confidences: n probabilities of the predictions, 0 to 1.
         title: above the grid.
         path: the file to make.
-        columns: images per row.
     """
+    columns = 8
     rows = -(-len(images) // columns)
     # One image of all the images, on a grid with room for two lines of text above each: 32 axes
     # take five times as long to draw.
@@ -177,4 +178,5 @@ def draw_predictions(
 
 if __name__ == "__main__":
     _draw_what_arrives()
-    os._exit(0)  # Matplotlib's teardown is 0.1 s that the job would wait for
+    atexit._run_exitfuncs()  # Matplotlib's, which remove its temporary folder
+    os._exit(0)  # the rest of the teardown is 0.1 s that the job would wait for

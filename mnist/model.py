@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mnist.config import InputError, derived_seed
 from mnist.data import IMAGE_SHAPE, MEAN, STD
-from mnist.files import write_file
+from mnist.system import write_file
 
 CLASSES = 10
 _FORMAT = "mnist-mlp-1"

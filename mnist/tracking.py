@@ -8,6 +8,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from mnist.config import InputError
+
 
 class Tracker:
     """Takes the rows of one run: writes each to ``metrics.jsonl`` and shows how far it is.
@@ -24,7 +26,7 @@ class Tracker:
 
     def log(self, row: dict[str, Any]) -> None:
         """Record a row; see ``training.train`` for its keys."""
-        self._file.write(json.dumps(row) + "\n")
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
         self._bar.set_postfix_str(f"loss {row['train/loss']:.4f}", refresh=False)
         self._bar.update(row["step"] - self._bar.n)
@@ -83,5 +85,17 @@ def _nothing() -> dict[str, float]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a ``metrics.jsonl``."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """The rows of a ``metrics.jsonl``.
+
+    Raises:
+        InputError: the file is missing, empty or damaged.
+    """
+    try:
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    except ValueError:
+        raise InputError(f"{path} is damaged: not one JSON object per line") from None
+    if not rows:
+        raise InputError(f"{path} is damaged: it has no rows")
+    return rows

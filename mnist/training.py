@@ -35,9 +35,9 @@ from mnist.data import (
 from mnist.distributed import World, connect, usable_cores
 from mnist.evaluation import predict, report, score
 from mnist.figures import Painter, draw_curves, draw_predictions
-from mnist.files import write_file
 from mnist.model import MLP, load_model, save_model
 from mnist.step import Learner
+from mnist.system import write_file
 from mnist.tracking import NoTracker, Tracker, read_metrics
 
 
@@ -78,6 +78,8 @@ def open_run_folder(config: TrainConfig, world: World) -> bool:
     try:
         if settings.exists():
             recorded = yaml.safe_load(settings.read_text())
+            if not isinstance(recorded, dict):
+                raise InputError(f"{settings} is damaged: it holds no settings")
             changed = [
                 f"{option(name)} {recorded.get(name)} there, {value} here"
                 for name, value in numeric_settings(config).items()
@@ -90,12 +92,12 @@ def open_run_folder(config: TrainConfig, world: World) -> bool:
                 )
             if (folder / "model.safetensors").exists():
                 return True
-        elif folder.exists() and any(folder.iterdir()):
+        elif folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
             raise InputError(f"{folder} is not a run folder; choose another --run-name")
         folder.mkdir(parents=True, exist_ok=True)
-        write_file(folder / "environment.json", json.dumps(_environment(world), indent=2) + "\n")
         write_file(settings, yaml.safe_dump(to_yaml(config), sort_keys=False))
-    except (OSError, yaml.YAMLError) as error:
+        write_file(folder / "environment.json", json.dumps(_environment(world), indent=2) + "\n")
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise InputError(f"run folder {folder}: {reason}; see --runs-dir") from None
     return False
@@ -139,11 +141,6 @@ def fit(config: TrainConfig, world: World) -> MLP:
                 continue
             seen = images_until(step) - images_until(logged_step)
             loss, accuracy = (learner.take_totals() / seen).tolist()
-            if not math.isfinite(loss):
-                raise InputError(
-                    f"training diverged: the loss became {loss} before step {step}; "
-                    f"take a --learning-rate below {config.learning_rate}"
-                )
             elapsed = time.perf_counter() - started
             row: dict[str, Any] = {
                 "step": step,
@@ -157,6 +154,14 @@ def fit(config: TrainConfig, world: World) -> MLP:
             }
             if epoch_ends and config.validation_size:
                 row |= validate(learner, validation, config.validation_size)
+            finite = all(map(math.isfinite, row.values()))
+            if step == steps:  # no later row would show what the last step did
+                finite &= bool(learner.logits(training.images[:1]).isfinite().all())
+            if not finite:
+                raise InputError(
+                    f"training diverged: the loss is not finite by step {step}; "
+                    f"take a --learning-rate below {config.learning_rate}"
+                )
             tracker.log(row)
             logged_step, started = step, time.perf_counter()
     return learner.model
@@ -198,6 +203,7 @@ def finish(config: TrainConfig, painter: Painter) -> None:
     curves, grid = folder / "figures/loss_curves.png", folder / "figures/sample_predictions.png"
     report_file = folder / "evaluation/test/report.json"
     rows = read_metrics(folder / "metrics.jsonl")
+    model = load_model(folder / "model.safetensors")
     if not curves.exists():
         painter.draw(draw_curves, rows, folder.name, curves)
     test = config.evaluate == "test"
@@ -208,7 +214,7 @@ def finish(config: TrainConfig, painter: Painter) -> None:
         if not test:
             _, held_out = split_validation(labels, config.validation_size, config.seed)
             images, labels = images[held_out], labels[held_out]
-        logits = predict(load_model(folder / "model.safetensors"), normalise(images, torch.float32))
+        logits = predict(model, normalise(images, torch.float32))
         title = (
             f"{folder.name}: {'test' if test else 'validation'} images, "
             "24 at random and the 8 most confident mistakes"
@@ -241,8 +247,11 @@ def print_summary(folder: Path, rows: list[dict[str, Any]]) -> None:
     lines = [""]
     report_file = folder / "evaluation/test/report.json"
     if report_file.exists():
-        test = json.loads(report_file.read_text())
-        low, high = test["accuracy_interval_95"]
+        try:
+            test = json.loads(report_file.read_text())
+            low, high = test["accuracy_interval_95"]
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{report_file} is damaged; remove it to evaluate again") from None
         lines.append(
             f"test        accuracy {test['accuracy']:.2%} (95% interval {low:.2%} to {high:.2%}), "
             f"loss {test['loss']:.4f}, {test['correct']:,} of {test['number']:,} right"

@@ -78,7 +78,9 @@ def test_every_setting_is_either_numeric_or_known_not_to_be():
     [
         ("--batch-siz 3", "--batch-siz"),
         ("stray", "stray"),
-        ("--batch-size 0", "--batch-size takes 1 or more, not 0"),
+        ("--batch-size 0", "--batch-size takes 1 to 60000, not 0"),
+        ("--batch-size 1000000000000000000000", "--batch-size takes 1 to 60000"),
+        ("--warmup 0.5", "--warmup takes --schedule triangular"),
         ("--batch-size many", "--batch-size takes a whole number, not 'many'"),
         ("--learning-rate high", "--learning-rate takes a number, not 'high'"),
         ("--learning-rate nan", "--learning-rate takes more than 0"),
@@ -113,6 +115,9 @@ def test_bad_options_are_one_line_that_names_them(arguments, expected):
         ("- 1", "expected lines of"),
         ("a: [", "not a YAML file"),
         ("recipe: slow", "--recipe takes one of"),
+        ("recipe: [fast]", "--recipe takes one of"),
+        ("seed: 2024-13-45", "not a YAML file"),
+        ("data_dir: null", "--data-dir takes a value"),
     ],
 )
 def test_bad_files_are_one_line_that_names_them(tmp_path, text, expected):

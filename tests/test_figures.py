@@ -80,8 +80,8 @@ def test_failing_job_does_not_wait_for_figures():
     started = time.monotonic()
     with pytest.raises(RuntimeError), Painter() as painter:
         raise RuntimeError
-    assert painter._process.returncode == -9
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 1
+    assert painter._process.wait(timeout=10) == 0
 
 
 def test_painter_dies_with_its_job():

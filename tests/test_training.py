@@ -36,7 +36,7 @@ def worlds(tmp_path_factory, data_dir) -> Path:
     common = f"--runs-dir {runs} --data-dir {data_dir} --precision fp32 --threads 1"
     # 200 steps of 64 images: uneven slices on three ranks.
     long = f"{common} --validation-size 47200 --epochs 1 --log-every 50"
-    # Global batches of one image: empty slices.
+    # The last global batch has two images for three ranks: one slice is empty.
     tiny = f"{common} --validation-size 58900 --epochs 1 --batch-size 9 --hidden-sizes 9 8 7 6"
     half = f"{common} --validation-size 59000 --epochs 2 --precision bf16"
     jobs = [(size, f"{long} --run-name long{size}") for size in (1, 2, 3)]
@@ -135,10 +135,23 @@ def test_no_validation_split_trains_on_everything(tmp_path, data_dir):
 
 
 def test_divergence_is_said_at_once(tmp_path, data_dir):
-    config = small(tmp_path, data_dir, learning_rate=1e30, log_every=1)
-    open_run_folder(config, WORLD)
-    with pytest.raises(InputError, match=r"diverged.*--learning-rate below 1e\+30"):
-        fit(config, WORLD)
+    for name, settings in {
+        "in the loss": {"log_every": 1},
+        "in the validation": {"epochs": 1, "batch_size": 1000},
+        "in the last step": {"epochs": 1, "batch_size": 60_000, "validation_size": 0},
+    }.items():
+        config = small(
+            tmp_path, data_dir, run_name=name.split()[-1], learning_rate=1e30, **settings
+        )
+        open_run_folder(config, WORLD)
+        with pytest.raises(InputError, match=r"diverged.*--learning-rate below 1e\+30"):
+            fit(config, WORLD)
+
+
+def test_start_killed_at_once_does_not_block_its_name(tmp_path, data_dir):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".config.yaml.123").write_text("half")
+    assert open_run_folder(small(tmp_path, data_dir), WORLD) is False
 
 
 def test_schedule_rises_and_falls_linearly():

@@ -1,7 +1,18 @@
-"""Writing files so that they appear whole or not at all."""
+"""What is asked of the operating system: whole files, and processes that end with their parent."""
 
+import ctypes
 import os
+import signal
+import sys
 from pathlib import Path
+
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent ends (on Linux; elsewhere do nothing)."""
+    if _LIBC is not None:
+        _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def write_file(path: Path, contents: bytes | str) -> None:

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from mnist.files import write_file
+from mnist.system import write_file
 
 
 def test_contents_are_replaced(tmp_path):
