@@ -6,7 +6,6 @@ import gc
 import logging
 import os
 import re
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -244,7 +243,6 @@ def launch(script: str, arguments: list[str], processes: int | None) -> int:
         topology += ["--multi_gpu", "--main_process_port", "0"]
     # Before the user's own, which wins.
     job = [script, "--expect-world-size", str(processes), *arguments]
-    signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C reaches the job too, which decides
     try:
         launch_command(launch_command_parser().parse_args([*topology, *job]))
     except subprocess.CalledProcessError as error:
