@@ -86,7 +86,7 @@ def connect(config: TrainConfig) -> World:
         InputError: the world is not the one asked for, or fp16 without a GPU.
     """
     if {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys():
-        die_with_parent()  # a launcher; a shell may end, and the job goes on
+        die_with_parent()  # it is a launcher; a shell may end without its jobs
     if not gc.isenabled():
         # A job imports without garbage collection; what imports made need not be traversed again.
         gc.freeze()
@@ -111,13 +111,12 @@ def connect(config: TrainConfig) -> World:
     rank = _environment_number("RANK", accelerator.process_index, least=0)
     if rank != accelerator.process_index:
         raise InputError(f"RANK={rank}, but this is process {accelerator.process_index}; {_ADVICE}")
-    return World(
-        rank=accelerator.process_index,
-        size=accelerator.num_processes,
-        device=accelerator.device,
-        precision=PRECISIONS[_precision(config.precision, accelerator.device)],
-        threads=threads,
+    world = World(
+        rank=rank, size=accelerator.num_processes, device=accelerator.device, threads=threads
     )
+    # One for all: machines may differ in what they multiply natively.
+    precision = world.from_main(lambda: _precision(config.precision, world.device))
+    return dataclasses.replace(world, precision=PRECISIONS[precision])
 
 
 def _environment_number(name: str, default: int, least: int = 1) -> int:
