@@ -3,7 +3,6 @@
 import json
 import sys
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
@@ -25,7 +24,7 @@ class Tracker:
         self._bar = tqdm(total=steps, unit="step", disable=not sys.stderr.isatty(), leave=False)
 
     def log(self, row: dict[str, Any]) -> None:
-        """Record a row; see ``training.train`` for its keys."""
+        """Record a row; see ``training.fit`` for its keys."""
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
         self._bar.set_postfix_str(f"loss {row['train/loss']:.4f}", refresh=False)
@@ -57,12 +56,7 @@ class Tracker:
     def __enter__(self) -> "Tracker":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._bar.close()
         self._file.close()
 
