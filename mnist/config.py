@@ -1,4 +1,4 @@
-"""Recipes, run settings, the command line and YAML files.
+"""Recipes, settings of runs and evaluations, the command line and YAML files.
 
 Imports no torch, so that ``--help`` and a mistyped option answer at once.
 """
@@ -17,7 +17,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import tyro
 import yaml
@@ -87,41 +87,35 @@ class TrainConfig:
     """Stop unless exactly this many processes train together."""
 
     def __post_init__(self) -> None:
-        self._require(self.seed >= 0, "seed", "0 or more")
-        self._require(self.epochs >= 1, "epochs", "1 or more")
-        self._require(1 <= self.batch_size <= 60_000, "batch_size", "1 to 60000")
+        _require(self, self.seed >= 0, "seed", "0 or more")
+        _require(self, self.epochs >= 1, "epochs", "1 or more")
+        _require(self, 1 <= self.batch_size <= 60_000, "batch_size", "1 to 60000")
         widths = self.hidden_sizes
-        self._require(
+        _require(
+            self,
             len(widths) == 4 and min(widths) >= 1,
             "hidden_sizes",
             "exactly four widths of 1 or more",
         )
-        self._require(0 < self.learning_rate < float("inf"), "learning_rate", "more than 0")
-        self._require(0 <= self.warmup <= 1, "warmup", "0 to 1")
-        self._require(0 <= self.momentum < 1, "momentum", "0 to below 1")
+        _require(self, 0 < self.learning_rate < float("inf"), "learning_rate", "more than 0")
+        _require(self, 0 <= self.warmup <= 1, "warmup", "0 to 1")
+        _require(self, 0 <= self.momentum < 1, "momentum", "0 to below 1")
         if self.warmup and self.schedule == "constant":
             raise InputError("--warmup takes --schedule triangular")
         if self.nesterov and (self.momentum == 0 or self.optimizer != "sgd"):
             raise InputError("--nesterov takes --optimizer sgd with a --momentum of more than 0")
-        self._require(0 <= self.weight_decay < float("inf"), "weight_decay", "0 or more")
-        self._require(0 <= self.label_smoothing < 1, "label_smoothing", "0 to below 1")
-        self._require(self.threads is None or self.threads >= 1, "threads", "1 or more")
-        self._require(0 <= self.validation_size <= 59_000, "validation_size", "0 to 59000")
-        self._require(self.log_every >= 1, "log_every", "1 or more")
-        expected = self.expect_world_size
-        self._require(expected is None or expected >= 1, "expect_world_size", "1 or more")
+        _require(self, 0 <= self.weight_decay < float("inf"), "weight_decay", "0 or more")
+        _require(self, 0 <= self.label_smoothing < 1, "label_smoothing", "0 to below 1")
+        _require(self, 0 <= self.validation_size <= 59_000, "validation_size", "0 to 59000")
+        _require(self, self.log_every >= 1, "log_every", "1 or more")
+        _require_processes(self)
         name = self.run_name
-        self._require(
+        _require(
+            self,
             name is None or re.fullmatch(r"\w[\w.=+-]*", name) is not None,
             "run_name",
             "a plain folder name of letters, digits and . _ - + =",
         )
-
-    def _require(self, condition: bool, field: str, takes: str) -> None:
-        if not condition:
-            value = getattr(self, field)
-            shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
-            raise InputError(f"{option(field)} takes {takes}, not {shown}")
 
     @property
     def run_folder(self) -> Path:
@@ -131,6 +125,75 @@ class TrainConfig:
             f"{self.recipe}-seed{self.seed}-{hashlib.sha256(numbers.encode()).hexdigest()[:6]}"
         )
         return self.runs_dir / (self.run_name or default)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Score a model on images, MNIST's or your own, and report how good it is.
+
+    Writes predictions.csv, report.json and report.html.
+    """
+
+    run: Path | None = None
+    """Run folder: its final model or, of an unfinished run, its newest good checkpoint."""
+    model: Path | None = None
+    """Model file (.safetensors), instead of --run."""
+    split: Literal["test", "validation", "train"] | None = None
+    """Images of MNIST, by default test; validation is what the run held out of the training
+    images, train is the rest, which it learned."""
+    images: Path | None = None
+    """Images of your own, 28x28, light ink on a dark ground: an IDX file (also .gz), a .npy of
+    Nx28x28 (uint8, or floats of 0 to 1), or a folder of image files, in sub-folders 0 to 9 where
+    their labels are known."""
+    labels: Path | None = None
+    """Their labels, 0 to 9: an IDX file (also .gz) or a .npy of N."""
+    output_dir: Path | None = None
+    """Where the files go; by default evaluation/ beside the model, with a folder per split."""
+    batch_size: int = 1024
+    """Images scored at once by each process."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
+    """Of the matrix products; auto: the launcher's, else bf16 where it is native."""
+    data_dir: Path = Path(os.environ.get("MNIST_DATA_DIR") or "data")
+    """MNIST in torchvision's layout, fetched if missing (environment: MNIST_DATA_DIR)."""
+    threads: int | None = None
+    """CPU threads per process; by default all cores this process may use, shared by the
+    processes of a machine."""
+    expect_world_size: int | None = None
+    """Stop unless exactly this many processes score together."""
+
+    def __post_init__(self) -> None:
+        _require(self, 1 <= self.batch_size <= 1_000_000, "batch_size", "1 to 1000000")
+        _require_processes(self)
+
+    def check(self) -> None:
+        """Raise an InputError if the options do not say, once, what is to be evaluated."""
+        if (self.run is None) == (self.model is None):
+            raise InputError("give one of --run FOLDER or --model FILE")
+        if self.images is not None and self.split is not None:
+            raise InputError("--split chooses images of MNIST, --images are your own: give one")
+        if self.labels is not None and self.images is None:
+            raise InputError("--labels takes --images; MNIST brings its own")
+        if self.run is None and self.split in ("validation", "train"):
+            raise InputError(
+                f"--split {self.split} takes --run: every run has its own validation split"
+            )
+
+
+Config = TypeVar("Config", TrainConfig, EvaluateConfig)
+
+
+def _require(config: TrainConfig | EvaluateConfig, condition: bool, field: str, takes: str) -> None:
+    if not condition:
+        value = getattr(config, field)
+        shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+        raise InputError(f"{option(field)} takes {takes}, not {shown}")
+
+
+def _require_processes(config: TrainConfig | EvaluateConfig) -> None:
+    """Of the settings that every job has."""
+    for field in ("threads", "expect_world_size"):
+        value = getattr(config, field)
+        _require(config, value is None or value >= 1, field, "1 or more")
 
 
 # What a run computes depends on these alone; a run is only ever continued with the same ones.
@@ -216,6 +279,17 @@ def parse_train_config(arguments: Sequence[str]) -> TrainConfig:
     return _parse_options(arguments, default)
 
 
+def parse_evaluate_config(arguments: Sequence[str]) -> EvaluateConfig:
+    """Settings of an evaluation from the command line.
+
+    Raises:
+        InputError: an unknown option, a wrong type, a value out of range, or a contradiction.
+    """
+    config = _parse_options(arguments, EvaluateConfig())
+    config.check()
+    return config
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         settings = yaml.safe_load(path.read_text())
@@ -249,11 +323,12 @@ def _as_options(settings: dict[str, Any]) -> list[str]:
     return words
 
 
-def _parse_options(arguments: Sequence[str], default: TrainConfig) -> TrainConfig:
+def _parse_options(arguments: Sequence[str], default: Config) -> Config:
+    prog = "train.py" if isinstance(default, TrainConfig) else "evaluate.py"
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(TrainConfig, prog="train.py", args=list(arguments), default=default)
+            return tyro.cli(type(default), prog=prog, args=list(arguments), default=default)
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
@@ -265,7 +340,7 @@ def _first_sentence(box: str) -> str:
     lines = [line.strip("│ ") for line in box.splitlines()]
     rules = [i for i, line in enumerate(lines) if not line.strip("─╭╮╰╯")]
     text = " ".join(lines[1 : rules[0] if rules else None])
-    text = re.sub(r"^Error parsing (TrainConfig|None): ", "", text)
+    text = re.sub(r"^Error parsing (TrainConfig|EvaluateConfig|None): ", "", text)
     text = re.sub(
         r"^Error parsing (\S+): invalid literal for int.*: ", r"\1 takes a whole number, not ", text
     )

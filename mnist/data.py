@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
 from mnist.config import InputError, derived_seed
-from mnist.system import die_with_parent
+from mnist.system import die_with_parent, flush_to_disk
 
 MEAN = 0.1307  # of the training pixels, scaled to 0..1
 STD = 0.3081
@@ -160,13 +160,13 @@ def _fill(staging: Path, raw: Path, wrong: list[str]) -> str:
 
 def _move_into_place(verified: Path, raw: Path, names: list[str]) -> None:
     for name in names:
-        _flush_to_disk(verified / name)
-    _flush_to_disk(verified)
+        flush_to_disk(verified / name)
+    flush_to_disk(verified)
     raw.parent.mkdir(exist_ok=True)
     if len(names) == len(MD5):
         with suppress(OSError):  # a folder that is not empty is there: file by file
             verified.rename(raw)
-            _flush_to_disk(raw.parent)
+            flush_to_disk(raw.parent)
             return
     raw.mkdir(exist_ok=True)
     for name in names:
@@ -177,15 +177,7 @@ def _move_into_place(verified: Path, raw: Path, names: list[str]) -> None:
             (raw / name).rename(aside)
             _say(f"the damaged file is kept as {aside}")
         (verified / name).replace(raw / name)
-    _flush_to_disk(raw)
-
-
-def _flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    flush_to_disk(raw)
 
 
 # ------------------------------------------- the sources: each returns why it failed, or ""

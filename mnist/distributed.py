@@ -5,12 +5,14 @@ import datetime
 import gc
 import logging
 import os
+import platform
 import re
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import psutil
 import torch
@@ -18,7 +20,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor
 from torch import distributed as dist
 
-from mnist.config import InputError, TrainConfig
+from mnist.config import EvaluateConfig, InputError, TrainConfig
 from mnist.system import die_with_parent
 
 T = TypeVar("T")
@@ -78,8 +80,25 @@ class World:
             raise result[0]
         return cast(T, result[0])
 
+    def from_all(self, function: Callable[[], T]) -> list[T]:
+        """What ``function`` returns on each rank, by rank; the InputError of any rank is raised
+        on all."""
+        result: T | InputError
+        try:
+            result = function()
+        except InputError as error:
+            result = error
+        results: list[T | InputError | None] = [result]
+        if self.size > 1:
+            results = [None] * self.size
+            dist.all_gather_object(results, result)
+        for result in cast(list[T | InputError], results):
+            if isinstance(result, InputError):
+                raise result
+        return cast(list[T], results)
 
-def connect(config: TrainConfig) -> World:
+
+def connect(config: TrainConfig | EvaluateConfig) -> World:
     """Form the world that the launcher laid out and settle device, precision and threads.
 
     Raises:
@@ -219,6 +238,40 @@ def usable_cores() -> int:
         return max(1, min(cores, int(quota) // int(period)))
     except (OSError, ValueError):  # no cgroup v2, or "max"
         return cores
+
+
+def environment(world: World) -> dict[str, Any]:
+    """What a job runs on: processes, hardware, versions."""
+    return {
+        "world_size": world.size,
+        "device": world.device.type,
+        "hardware": _hardware(world.device),
+        "precision": world.precision_name,
+        "threads": world.threads,
+        "usable_cores": usable_cores(),
+        "platform": platform.platform(),
+        "commit": _commit(),
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("torch", "accelerate", "numpy")},
+    }
+
+
+def _hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return str(torch.cpu.get_capabilities().get("cpu_name") or platform.processor())
+
+
+def _commit() -> str | None:
+    """The commit of the source tree that this package runs from, if it runs from one."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def launch(script: str, arguments: list[str], processes: int | None) -> int:

@@ -1,13 +1,15 @@
 """What ``scripts/*`` run: a job under ``accelerate launch``, with options checked beforehand.
 
-python -m mnist.launch jobs/train.py [--processes N] [options of the job]
+python -m mnist.launch JOB [--processes N] [options of jobs/train.py or jobs/evaluate.py]
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from mnist.config import InputError, exit_codes, parse_train_config
+from mnist.config import InputError, exit_codes, parse_evaluate_config, parse_train_config
+
+_PARSERS = {"train.py": parse_train_config, "evaluate.py": parse_evaluate_config}
 
 
 def main(script: str, arguments: list[str]) -> None:
@@ -20,11 +22,13 @@ def main(script: str, arguments: list[str]) -> None:
         raise InputError(f"--processes: {error.message}") from None
     if ours.processes is not None and ours.processes < 1:
         raise InputError(f"--processes takes 1 or more, not {ours.processes}")
+    job = Path(script)
     if {"-h", "--help"} & set(options):
         print(
-            "scripts/train [--processes N] [OPTIONS]: N processes; default: one per GPU, or one\n"
+            f"scripts/{job.stem} [--processes N] [OPTIONS]: N processes; default: one per GPU, or "
+            "one\n"
         )
-    parse_train_config(options)  # so that a mistake is answered before anything is launched
+    _PARSERS[job.name](options)  # so that a mistake is answered before anything is launched
     from mnist.distributed import launch
 
     code = launch(script, options, ours.processes)

@@ -2,19 +2,18 @@
 
 import json
 import math
-import platform
-import subprocess
 import time
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import yaml
 from torch import Tensor
+from torch.nn import functional
 
 from mnist.config import (
+    EvaluateConfig,
     InputError,
     TrainConfig,
     derived_seed,
@@ -32,13 +31,17 @@ from mnist.data import (
     rank_slice,
     split_validation,
 )
-from mnist.distributed import World, connect, usable_cores
-from mnist.evaluation import predict, report, score
+from mnist.distributed import World, connect, environment, widest_float
+from mnist.evaluation import Weights, predict, score, summary, write_evaluation
 from mnist.figures import Painter, draw_curves, draw_predictions
+from mnist.inputs import Inputs, open_mnist
 from mnist.model import MLP, load_model, save_model
+from mnist.report import Example
 from mnist.step import Learner
 from mnist.system import write_file
 from mnist.tracking import NoTracker, Tracker, read_metrics
+
+_VALIDATION_BATCH = 4096  # large enough for full speed; the activations stay in megabytes
 
 
 def train(config: TrainConfig, painter: Painter | None) -> None:
@@ -64,7 +67,7 @@ def train(config: TrainConfig, painter: Painter | None) -> None:
             save_model(model, config.run_folder / "model.safetensors")
     if world.is_main:
         assert painter is not None
-        finish(config, painter)
+        finish(config, world, painter)
 
 
 def open_run_folder(config: TrainConfig, world: World) -> bool:
@@ -96,7 +99,7 @@ def open_run_folder(config: TrainConfig, world: World) -> bool:
             raise InputError(f"{folder} is not a run folder; choose another --run-name")
         folder.mkdir(parents=True, exist_ok=True)
         write_file(settings, yaml.safe_dump(to_yaml(config), sort_keys=False))
-        write_file(folder / "environment.json", json.dumps(_environment(world), indent=2) + "\n")
+        write_file(folder / "environment.json", json.dumps(environment(world), indent=2) + "\n")
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise InputError(f"run folder {folder}: {reason}; see --runs-dir") from None
@@ -191,54 +194,61 @@ def schedule(progress: float, config: TrainConfig) -> float:
 
 def validate(learner: Learner, share: BatchedDigits, size: int) -> dict[str, float]:
     """Loss and accuracy over the ``size`` validation images, of which each rank has its share."""
-    sums = score(predict(learner.logits, share.images), share.labels)
+    device = share.images.device
+    sums = torch.zeros(2, dtype=widest_float(device), device=device)
+    for images, labels in zip(
+        share.images.split(_VALIDATION_BATCH), share.labels.split(_VALIDATION_BATCH), strict=True
+    ):
+        logits = learner.logits(images)
+        sums[0] += functional.cross_entropy(logits, labels, reduction="sum")
+        sums[1] += (logits.argmax(1) == labels).sum()
     learner.world.all_reduce(sums)
     loss, accuracy = (sums / size).tolist()
     return {"validation/loss": loss, "validation/accuracy": accuracy}
 
 
-def finish(config: TrainConfig, painter: Painter) -> None:
+def finish(config: TrainConfig, world: World, painter: Painter) -> None:
     """Evaluate the final model and draw, as far as that is not done already; print the summary."""
     folder = config.run_folder
     curves, grid = folder / "figures/loss_curves.png", folder / "figures/sample_predictions.png"
-    report_file = folder / "evaluation/test/report.json"
+    evaluation = folder / "evaluation/test"
     rows = read_metrics(folder / "metrics.jsonl")
-    model = load_model(folder / "model.safetensors")
+    weights = Weights(path=folder / "model.safetensors", run=folder)
+    model = load_model(weights.path)
     if not curves.exists():
         painter.draw(draw_curves, rows, folder.name, curves)
     test = config.evaluate == "test"
-    missing = not grid.exists() or (test and not report_file.exists())
-    if missing and (test or config.validation_size):
-        digits = load_mnist(config.data_dir, "test" if test else "train")
-        images, labels = digits.images, digits.labels
-        if not test:
-            _, held_out = split_validation(labels, config.validation_size, config.seed)
-            images, labels = images[held_out], labels[held_out]
-        logits = predict(model, normalise(images, torch.float32))
-        title = (
-            f"{folder.name}: {'test' if test else 'validation'} images, "
-            "24 at random and the 8 most confident mistakes"
-        )
-        sample = _sample_predictions(images, labels, logits, config.seed)
+    unreported = test and not (evaluation / "report.json").exists()
+    if (unreported or not grid.exists()) and (test or config.validation_size):
+        split: Literal["test", "validation"] = "test" if test else "validation"
+        inputs = open_mnist(config.data_dir, split, config.validation_size, config.seed)
+        alone = World(threads=world.threads)
+        batch_size = EvaluateConfig().batch_size
+        if unreported:
+            scores = write_evaluation(model, weights, inputs, evaluation, alone, batch_size)
+        else:
+            scores = score(model, inputs, alone, batch_size)
+        sample = _sample_predictions(model, inputs, scores.examples.mistakes[:8], config.seed)
+        title = f"{folder.name}: {split} images, 24 at random and the 8 most confident mistakes"
         painter.draw(draw_predictions, *sample, title, grid)
-        if test:
-            report_file.parent.mkdir(parents=True, exist_ok=True)
-            write_file(report_file, json.dumps(report(logits, labels), indent=2) + "\n")
     print_summary(folder, rows)
 
 
 def _sample_predictions(
-    images: Tensor, labels: Tensor, logits: Tensor, seed: int
+    model: MLP, inputs: Inputs, mistakes: list[Example], seed: int
 ) -> tuple[np.ndarray, ...]:
-    """24 images at random and the 8 most confident mistakes, with labels, predictions and
-    confidences."""
-    confidences, predictions = logits.softmax(1).max(1)
+    """Images, labels, predictions and confidences of 24 images at random, then of the mistakes."""
     generator = torch.Generator().manual_seed(derived_seed(seed, "sample predictions"))
-    chosen = torch.randperm(len(labels), generator=generator)[:24]
-    wrong = (predictions != labels).nonzero()[:, 0]
-    mistakes = wrong[confidences[wrong].argsort(descending=True)][:8]
-    indices = torch.cat([chosen, mistakes])
-    return tuple(values[indices].numpy() for values in (images, labels, predictions, confidences))
+    chosen = torch.randperm(len(inputs), generator=generator)[:24].tolist()
+    images = np.concatenate([inputs.images(i, i + 1) for i in chosen])
+    labels = np.concatenate([inputs.labels(i, i + 1) for i in chosen])
+    probabilities = np.exp(predict(model, images, World()))
+    return (
+        np.concatenate([images, *(e.image[None] for e in mistakes)]),
+        np.concatenate([labels, [e.label for e in mistakes]]).astype(int),
+        np.concatenate([probabilities.argmax(1), [e.prediction for e in mistakes]]).astype(int),
+        np.concatenate([probabilities.max(1), [e.confidence for e in mistakes]]),
+    )
 
 
 def print_summary(folder: Path, rows: list[dict[str, Any]]) -> None:
@@ -248,14 +258,9 @@ def print_summary(folder: Path, rows: list[dict[str, Any]]) -> None:
     report_file = folder / "evaluation/test/report.json"
     if report_file.exists():
         try:
-            test = json.loads(report_file.read_text())
-            low, high = test["accuracy_interval_95"]
+            lines += summary(json.loads(report_file.read_text()), "test")
         except (ValueError, KeyError, TypeError):
             raise InputError(f"{report_file} is damaged; remove it to evaluate again") from None
-        lines.append(
-            f"test        accuracy {test['accuracy']:.2%} (95% interval {low:.2%} to {high:.2%}), "
-            f"loss {test['loss']:.4f}, {test['correct']:,} of {test['number']:,} right"
-        )
     if "validation/loss" in last:
         accuracy, loss = last["validation/accuracy"], last["validation/loss"]
         lines.append(f"validation  accuracy {accuracy:.2%}, loss {loss:.4f}")
@@ -266,37 +271,3 @@ def print_summary(folder: Path, rows: list[dict[str, Any]]) -> None:
     )
     lines.append(f"files       {folder}")
     print("\n".join(lines), flush=True)
-
-
-def _environment(world: World) -> dict[str, Any]:
-    """What the run runs on."""
-    return {
-        "world_size": world.size,
-        "device": world.device.type,
-        "hardware": _hardware(world.device),
-        "precision": world.precision_name,
-        "threads": world.threads,
-        "usable_cores": usable_cores(),
-        "platform": platform.platform(),
-        "commit": _commit(),
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "accelerate", "numpy")},
-    }
-
-
-def _hardware(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return str(torch.cpu.get_capabilities().get("cpu_name") or platform.processor())
-
-
-def _commit() -> str | None:
-    """The commit of the source tree that this package runs from, if it runs from one."""
-    root = Path(__file__).parent.parent
-    if not (root / ".git").exists():
-        return None
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -1,6 +1,8 @@
-"""Trains in worlds of several processes, forked from one that has imported torch: 1 s, not 8, each.
+"""Runs jobs in worlds of several processes, forked from one that has imported torch: 1 s, not 8,
+each.
 
-Reads a JSON list of [world size, options of jobs/train.py]; each run ends with its final model.
+Reads a JSON list of [world size, "train", options], where the run ends with its final model, or
+[world size, "evaluate", [options of one evaluation, …]].
 """
 
 import json
@@ -9,8 +11,9 @@ import socket
 import sys
 import traceback
 
-from mnist.config import parse_train_config
+from mnist.config import parse_evaluate_config, parse_train_config
 from mnist.distributed import connect
+from mnist.evaluation import evaluate
 from mnist.model import save_model
 from mnist.training import fit, open_run_folder
 
@@ -21,7 +24,11 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def work(options: list[str]) -> None:
+def work(job: str, options: list) -> None:
+    if job == "evaluate":
+        for one in options:
+            evaluate(parse_evaluate_config(one))
+        return
     config = parse_train_config(options)
     world = connect(config)
     world.from_main(lambda: open_run_folder(config, world))
@@ -30,7 +37,7 @@ def work(options: list[str]) -> None:
         save_model(model, config.run_folder / "model.safetensors")
 
 
-def fork(rank: int, size: int, port: int, options: list[str]) -> int:
+def fork(rank: int, size: int, port: int, job: str, options: list) -> int:
     child = os.fork()
     if child:
         return child
@@ -44,7 +51,7 @@ def fork(rank: int, size: int, port: int, options: list[str]) -> int:
     }
     code = 0
     try:
-        work(options)
+        work(job, options)
     except BaseException:
         traceback.print_exc()
         code = 1
@@ -53,9 +60,9 @@ def fork(rank: int, size: int, port: int, options: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    for size, options in json.load(sys.stdin):
+    for size, job, options in json.load(sys.stdin):
         port = free_port()
-        children = [fork(rank, size, port, options) for rank in range(size)]
+        children = [fork(rank, size, port, job, options) for rank in range(size)]
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         if any(codes):
-            sys.exit(f"world of {size} with {' '.join(options)}: exit codes {codes}")
+            sys.exit(f"world of {size} with {job} {options}: exit codes {codes}")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 from safetensors.torch import load_file
@@ -19,6 +20,7 @@ pytestmark = pytest.mark.launch
 
 ROOT = Path(__file__).parents[1]
 JOB = str(ROOT / "jobs/train.py")
+EVALUATE = str(ROOT / "jobs/evaluate.py")
 BIN = Path(sys.executable).parent
 ACCELERATE = f"{BIN}/accelerate launch"
 TWO_PROCESSES = {
@@ -74,6 +76,8 @@ def test_plain_launch_leaves_a_whole_run(finished):
         "model.safetensors",
         "figures/loss_curves.png",
         "figures/sample_predictions.png",
+        "evaluation/test/predictions.csv",
+        "evaluation/test/report.html",
         "evaluation/test/report.json",
     }
     for figure in (folder / "figures").iterdir():
@@ -83,7 +87,7 @@ def test_plain_launch_leaves_a_whole_run(finished):
     assert environment["threads"] == usable_cores()
     assert environment["world_size"] == 1
     report = json.loads((folder / "evaluation/test/report.json").read_text())
-    assert report["number"] == 10_000 and report["correct"] == report["accuracy"] * 10_000
+    assert report["scored"] == 10_000 and report["correct"] == report["accuracy"] * 10_000
     assert f"accuracy {report['accuracy']:.2%}" in done.stdout
     assert "epoch 2/2" in done.stdout and "runs/one" in done.stdout
 
@@ -228,6 +232,50 @@ def test_read_only_folder_is_named(tmp_path, data_dir):
         f"train.py: run folder {Path('runs') / folder_name(done)}: Read-only file system; "
         "see --runs-dir"
     ]
+
+
+@pytest.mark.parametrize(
+    "line", [f"{ACCELERATE} {EVALUATE}", f"{ROOT}/scripts/evaluate --processes 2"]
+)
+def test_evaluation_of_a_run_is_what_training_wrote(finished, tmp_path, data_dir, line):
+    run_folder = finished[0] / "runs" / "one"
+    done = run(f"{line} --run {run_folder} --output-dir out --data-dir {data_dir}", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "10,000 of 10,000" in done.stdout and done.stdout.count("accuracy") == 1
+    by_training = run_folder / "evaluation" / "test"
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        path.name for path in by_training.iterdir()
+    }
+    one, other = (
+        json.loads((folder / "report.json").read_text())
+        for folder in (by_training, tmp_path / "out")
+    )
+    assert other["world_size"] == 1 + ("scripts" in line)
+    for name in ("model", "confusion_matrix"):
+        assert (
+            one[name] == {**other, "model": other["model"] | {"path": one["model"]["path"]}}[name]
+        )
+
+
+def test_evaluation_of_damaged_images_on_another_rank_is_one_line(finished, tmp_path):
+    images = np.zeros((5000, 28, 28), np.float32)
+    images[4000] = 2  # of the second rank's share
+    np.save(tmp_path / "images.npy", images)
+    model = finished[0] / "runs" / "one" / "model.safetensors"
+    command = f"{ROOT}/scripts/evaluate --processes 2 --model {model} --images images.npy"
+    done = run(f"{command} --output-dir out", tmp_path)
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert "found 2.0 in image 4000" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["images.npy"]
+
+
+def test_evaluation_s_mistakes_are_answered_before_anything_is_launched(tmp_path):
+    for command in (f"{sys.executable} {EVALUATE}", f"{ROOT}/scripts/evaluate"):
+        done = run(f"{command} --run runs/x --split tset", tmp_path)
+        assert done.returncode == 2
+        (line,) = done.stderr.splitlines()
+        assert "--split" in line and "validation" in line
 
 
 def folder_name(done):

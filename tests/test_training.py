@@ -44,7 +44,7 @@ def worlds(tmp_path_factory, data_dir) -> Path:
     jobs += [(size, f"{half} --run-name half{size}{again}") for size in (2, 3) for again in "ab"]
     subprocess.run(
         [sys.executable, Path(__file__).with_name("fork_worlds.py")],
-        input=json.dumps([(size, options.split()) for size, options in jobs]),
+        input=json.dumps([(size, "train", options.split()) for size, options in jobs]),
         text=True,
         check=True,
         timeout=100,

@@ -1,0 +1,17 @@
+"""Score a model on MNIST or on images of your own, and report how good it is.
+
+accelerate launch jobs/evaluate.py --run runs/NAME                         # MNIST's test images
+accelerate launch jobs/evaluate.py --run runs/NAME --images digits.npy     # your own
+scripts/evaluate --processes 2 --model FILE                                # two processes
+"""
+
+import sys
+
+from mnist.config import exit_codes, parse_evaluate_config
+
+if __name__ == "__main__":
+    with exit_codes("evaluate.py"):
+        config = parse_evaluate_config(sys.argv[1:])
+        from mnist.evaluation import evaluate
+
+        evaluate(config)

@@ -1,0 +1,84 @@
+"""Checkpoints on disk: written whole, verified, and the newest good one found again.
+
+A checkpoint is a folder ``step-000000936`` of files and a ``manifest.json`` with the SHA-256 of
+each. What the files hold is the affair of those who write and read them.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from mnist.config import InputError
+from mnist.system import flush_to_disk
+
+_FORMAT = "mnist-checkpoint-1"
+_MANIFEST = "manifest.json"
+
+
+def write_checkpoint(folder: Path, step: int, files: dict[str, bytes]) -> Path:
+    """Make ``folder/step-…`` of the given files: flushed, read back and verified, then renamed.
+
+    Raises:
+        OSError: the disk is full, or gives back something else than it was given.
+    """
+    final = folder / f"step-{step:09d}"
+    aside = folder / f".{final.name}.{os.getpid()}"
+    digests = {name: hashlib.sha256(contents).hexdigest() for name, contents in files.items()}
+    manifest = json.dumps({"format": _FORMAT, "sha256": digests}, indent=2) + "\n"
+    try:
+        aside.mkdir(parents=True)
+        for name, contents in (files | {_MANIFEST: manifest.encode()}).items():
+            (aside / name).write_bytes(contents)
+            flush_to_disk(aside / name)
+        flush_to_disk(aside)
+        damage = find_damage(aside)
+        if damage:
+            raise OSError(None, f"{damage}, right after it was written")
+        shutil.rmtree(final, ignore_errors=True)  # a damaged one, else nobody would write it again
+        aside.rename(final)
+        flush_to_disk(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return final
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest good checkpoint; each newer one that is damaged is named in a warning.
+
+    Raises:
+        InputError: there are checkpoints, and none is good.
+    """
+    found = sorted(folder.glob("step-" + 9 * "[0-9]"), reverse=True)
+    for path in found:
+        damage = find_damage(path)
+        if not damage:
+            return path
+        print(f"warning: {path} is skipped: {damage}", file=sys.stderr, flush=True)
+    if found:
+        raise InputError(f"{folder}: none of its {len(found)} checkpoints is good, see above")
+    return None
+
+
+def step_of(checkpoint: Path) -> int:
+    """The number of steps that a checkpoint was made after."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def find_damage(checkpoint: Path) -> str:
+    """What is wrong with a checkpoint, or ""."""
+    try:
+        manifest = json.loads((checkpoint / _MANIFEST).read_bytes())
+        if manifest["format"] != _FORMAT:
+            return f"{_MANIFEST} is of format {manifest['format']}, expected {_FORMAT}"
+        for name, expected in manifest["sha256"].items():
+            with (checkpoint / name).open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != expected:
+                    return f"{name} is damaged (wrong checksum)"
+    except OSError as error:
+        return f"{Path(error.filename or '').name}: {error.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{_MANIFEST} is damaged"
+    return ""
