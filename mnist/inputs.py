@@ -189,7 +189,7 @@ def open_images(images: Path, labels: Path | None) -> Inputs:
     if rows.shape[1:] != IMAGE_SHAPE:
         hint = ": are these labels?" if len(rows.shape) == 1 else ""
         raise InputError(f"{images}: expected images, N×28×28, found {_shown(rows)}{hint}")
-    if rows.dtype not in (np.uint8, np.float16, np.float32, np.float64):
+    if rows.dtype.newbyteorder("=") not in (np.uint8, np.float16, np.float32, np.float64):
         raise InputError(
             f"{images}: expected images of uint8 from 0 to 255 or of floats from 0 to 1, "
             f"found {rows.dtype}"
@@ -308,7 +308,6 @@ class _PackedRows:
 
     def __getitem__(self, part: slice, /) -> NDArray[np.uint8]:
         start, stop, _ = part.indices(self.shape[0])
-        result = np.empty((max(0, stop - start), *self.shape[1:]), np.uint8)
         row_bytes = math.prod(self.shape[1:])
         with _reading(self._path):
             ahead = self._begin + start * row_bytes - self._file.tell()
@@ -317,9 +316,10 @@ class _PackedRows:
                 ahead = self._begin + start * row_bytes
             while ahead and (chunk := self._file.read(min(ahead, _CHUNK_BYTES))):
                 ahead -= len(chunk)
-            if self._file.readinto(result.data.cast("B")) != result.nbytes:
-                raise InputError(f"{self._path}: has become shorter while it was read")
-        return result
+            content = self._file.read((stop - start) * row_bytes)
+        if len(content) != (stop - start) * row_bytes:
+            raise InputError(f"{self._path}: has become shorter while it was read")
+        return np.frombuffer(content, np.uint8).reshape(stop - start, *self.shape[1:])
 
 
 def _shown(rows: _Rows) -> str:

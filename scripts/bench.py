@@ -1,9 +1,10 @@
-"""Speed of training, measured side by side: everything interleaved in one run, medians and ratios.
+"""Speed of training and scoring, measured side by side: everything interleaved in one run.
 
-Absolute times wander by a factor of two on a shared machine; ratios of one run do not.
+Absolute times wander by a factor of two on a shared machine; medians of ratios of one run do not.
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -20,9 +21,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
-from mnist.config import TrainConfig, parse_train_config
+from mnist.config import EvaluateConfig, TrainConfig, parse_train_config
 from mnist.data import fetch_mnist
 from mnist.distributed import World, connect
+from mnist.evaluation import score
+from mnist.inputs import open_mnist
 from mnist.model import MLP
 from mnist.step import Learner
 from mnist.tracking import read_metrics
@@ -89,6 +92,56 @@ def bare_steps(config: TrainConfig, world: World) -> Callable[[], float]:
     return seconds
 
 
+def loader_scoring(data_dir: Path) -> Callable[[], float]:
+    """Scoring the test images as it is usually written: DataLoader, torchvision's transforms."""
+    transform = transforms.Compose(
+        [transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))]
+    )
+    loader = DataLoader(
+        datasets.MNIST(str(data_dir), train=False, transform=transform), batch_size=1000
+    )
+    model = MLP(TrainConfig().hidden_sizes)
+
+    @torch.no_grad()
+    def seconds() -> float:
+        started, loss, correct = time.perf_counter(), 0.0, 0
+        for images, labels in loader:
+            logits = model(images)
+            loss += nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+            correct += (logits.argmax(1) == labels).sum().item()
+        return time.perf_counter() - started
+
+    return seconds
+
+
+def our_scoring(data_dir: Path, world: World, part: Path | None) -> Callable[[], float]:
+    """The evaluator's loop over the test images, with or without predictions.csv."""
+    inputs = open_mnist(data_dir, "test", 0, 0)
+    model = MLP(TrainConfig().hidden_sizes)
+    return lambda: score(model, inputs, world, EvaluateConfig().batch_size, part).seconds
+
+
+def bare_products(number: int) -> Callable[[], float]:
+    """The matrix products alone that scoring so many images takes: the limit of the hardware."""
+    size = EvaluateConfig().batch_size
+    widths = (784, *TrainConfig().hidden_sizes, 10)
+    pairs = list(itertools.pairwise(widths))
+    weights = [torch.randn(outputs, inputs) for inputs, outputs in pairs]
+
+    def seconds() -> float:
+        total = 0.0
+        for start in range(0, number, size):
+            rows = min(size, number - start)
+            inputs = [torch.randn(rows, width) for width in widths[:-1]]
+            started = time.perf_counter()
+            for values, weight in zip(inputs, weights, strict=True):
+                values @ weight.t()
+            total += time.perf_counter() - started
+        return total
+
+    return seconds
+
+
 def process(*words: str) -> Callable[[], float]:
     """A whole process, from the command to its end."""
 
@@ -136,6 +189,10 @@ def main() -> None:
         f"{native}, epoch": our_training(auto, world, folder / "auto"),
         f"{native}, bare steps": bare_steps(auto, world),
         "fast, whole training": our_training(fast, world, folder / "fast"),
+        "scoring, DataLoader loop": loader_scoring(data_dir),
+        "scoring": our_scoring(data_dir, full, None),
+        "scoring with predictions.csv": our_scoring(data_dir, full, folder / "predictions.csv"),
+        "scoring, matrix products alone": bare_products(10_000),
         "empty script under accelerate launch": process(*launch, str(folder / "empty.py")),
         "fast under accelerate launch": fast_process,
     }
@@ -161,6 +218,8 @@ def main() -> None:
         if name.endswith(", bare steps"):
             ratio(name.replace("bare steps", "epoch"), name)
     ratio("fast, whole training", "DataLoader loop, epoch")
+    ratio("scoring, DataLoader loop", "scoring")
+    ratio("scoring, matrix products alone", "scoring")
     ratio("fast under accelerate launch", "empty script under accelerate launch")
     if options.json:
         options.json.write_text(json.dumps(seconds, indent=2) + "\n")
