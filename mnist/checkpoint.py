@@ -9,6 +9,9 @@ import json
 import os
 import shutil
 import sys
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from mnist.config import InputError
@@ -16,6 +19,9 @@ from mnist.system import flush_to_disk
 
 _FORMAT = "mnist-checkpoint-1"
 _MANIFEST = "manifest.json"
+
+Contents = Callable[[], dict[str, bytes]]
+"""Makes the files of a checkpoint, by name."""
 
 
 def write_checkpoint(folder: Path, step: int, files: dict[str, bytes]) -> Path:
@@ -51,15 +57,23 @@ def newest_checkpoint(folder: Path) -> Path | None:
     Raises:
         InputError: there are checkpoints, and none is good.
     """
-    found = sorted(folder.glob("step-" + 9 * "[0-9]"), reverse=True)
+    found = _all(folder)
     for path in found:
         damage = find_damage(path)
         if not damage:
             return path
         print(f"warning: {path} is skipped: {damage}", file=sys.stderr, flush=True)
     if found:
-        raise InputError(f"{folder}: none of its {len(found)} checkpoints is good, see above")
+        raise InputError(
+            f"{folder}: none of its {len(found)} checkpoints is good, see above; "
+            "--fresh starts the run over"
+        )
     return None
+
+
+def _all(folder: Path) -> list[Path]:
+    """Checkpoints, good or not, the newest first."""
+    return sorted(folder.glob("step-" + 9 * "[0-9]"), reverse=True)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -82,3 +96,60 @@ def find_damage(checkpoint: Path) -> str:
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{_MANIFEST} is damaged"
     return ""
+
+
+class Saver:
+    """Writes checkpoints in a thread of its own, so that training goes on meanwhile.
+
+    A slow disk skips checkpoints rather than to delay training: of those that wait for it, only the
+    newest is kept. A checkpoint that cannot be written is a warning, and the earlier ones stay.
+
+    Args:
+        folder: of the checkpoints.
+        keep: how many of the newest stay; older ones go once a new one is verified.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.newest: int | None = None
+        """The step of the newest one that is safe on the disk, of those written here."""
+        self._folder, self._keep = folder, keep
+        self._waiting: deque[tuple[int, Contents]] = deque(maxlen=1)
+        self._thread = ThreadPoolExecutor(1)
+        self._last: Future[None] | None = None
+
+    def save(self, step: int, contents: Contents) -> None:
+        """Have the files that ``contents`` returns, which the thread calls, written soon."""
+        if self._last is not None and self._last.done():
+            self._last.result()  # raises what should not have happened
+        self._waiting.append((step, contents))
+        self._last = self._thread.submit(self._write)
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Wait until all is written."""
+        self._thread.shutdown()
+        if self._last is not None:
+            self._last.result()
+
+    def _write(self) -> None:
+        if not self._waiting:  # an earlier call has written the newest
+            return
+        step, contents = self._waiting.pop()
+        try:
+            write_checkpoint(self._folder, step, contents())
+            self.newest = step
+            self._prune(step)
+        except OSError as error:
+            print(
+                f"warning: no checkpoint of step {step} in {self._folder}: {error.strerror}; "
+                "earlier ones stay",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def _prune(self, newest: int) -> None:
+        earlier = [path for path in _all(self._folder) if step_of(path) <= newest]
+        for path in earlier[self._keep :]:
+            shutil.rmtree(path)

@@ -27,6 +27,15 @@ class InputError(ValueError):
     """A user's mistake: a job prints it as one line and exits with code 2."""
 
 
+class WorldError(RuntimeError):
+    """Another process is gone: a job prints it as one line and exits with code 1."""
+
+
+EXIT_CODE_FILE = "MNIST_EXIT_CODE_FILE"
+"""The environment variable by which ``mnist.launch`` asks rank 0 for the job's exit code: torch's
+launcher does not tell it when it was itself interrupted."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Train an MLP of five linear layers on MNIST.
@@ -81,6 +90,12 @@ class TrainConfig:
     """Training images held out to monitor loss and accuracy, 0 to 59,000."""
     log_every: int = 100
     """Steps between rows of metrics.jsonl; the end of an epoch always has one."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints, besides the one at the end of every epoch."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints stay."""
+    fresh: bool = False
+    """Start over: move the run's folder aside, to NAME.1, NAME.2, …, instead of going on in it."""
     evaluate: Literal["test", "none"] = "test"
     """Score the test set once, after the last step."""
     expect_world_size: int | None = None
@@ -108,6 +123,9 @@ class TrainConfig:
         _require(self, 0 <= self.label_smoothing < 1, "label_smoothing", "0 to below 1")
         _require(self, 0 <= self.validation_size <= 59_000, "validation_size", "0 to 59000")
         _require(self, self.log_every >= 1, "log_every", "1 or more")
+        every = self.checkpoint_every
+        _require(self, every is None or every >= 1, "checkpoint_every", "1 or more")
+        _require(self, self.keep_checkpoints >= 1, "keep_checkpoints", "1 or more")
         _require_processes(self)
         name = self.run_name
         _require(
@@ -230,7 +248,7 @@ def numeric_settings(config: TrainConfig) -> dict[str, Any]:
 def to_yaml(config: TrainConfig) -> dict[str, Any]:
     """All settings in plain YAML types: what ``config.yaml`` holds and ``--config`` reads."""
     values = dataclasses.asdict(config)
-    del values["config"], values["expect_world_size"]  # of one launch, not of the run
+    del values["config"], values["expect_world_size"], values["fresh"]  # of a launch, not the run
     values["hidden_sizes"] = list(config.hidden_sizes)
     return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
 
@@ -349,7 +367,8 @@ def _first_sentence(box: str) -> str:
 
 @contextlib.contextmanager
 def exit_codes(job: str) -> Iterator[None]:
-    """Run the main part of ``job`` and end the process: 0 done, 2 bad input, 130 Ctrl-C, 1 a bug.
+    """Run the main part of ``job`` and end the process: 0 done, 2 bad input, 75 interrupted and
+    saved, 130 Ctrl-C, 1 a bug or a lost process.
 
     Torch's own teardown takes 0.5 s of a process's life and frees what the kernel frees anyway,
     so the process ends without it.
@@ -368,6 +387,9 @@ def exit_codes(job: str) -> Iterator[None]:
             # end ends this one too; an error that it does not have is said after all.
             time.sleep(10)
         print(f"{job}: {error}", file=sys.stderr)
+    except WorldError as error:
+        code = 1
+        print(f"{job}: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:  # whoever read the output has gone
@@ -382,4 +404,7 @@ def exit_codes(job: str) -> Iterator[None]:
     with contextlib.suppress(BrokenPipeError):
         sys.stdout.flush()
         sys.stderr.flush()
+    if os.environ.get("RANK", "0") == "0" and os.environ.get(EXIT_CODE_FILE):
+        with contextlib.suppress(OSError):
+            Path(os.environ[EXIT_CODE_FILE]).write_text(str(code))
     os._exit(code)

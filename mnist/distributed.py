@@ -7,9 +7,12 @@ import logging
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -20,8 +23,8 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor
 from torch import distributed as dist
 
-from mnist.config import EvaluateConfig, InputError, TrainConfig
-from mnist.system import die_with_parent
+from mnist.config import EXIT_CODE_FILE, EvaluateConfig, InputError, TrainConfig, WorldError
+from mnist.system import StopRequest, die_with_parent
 
 T = TypeVar("T")
 
@@ -64,7 +67,12 @@ class World:
     def all_reduce(self, tensor: Tensor) -> None:
         """Replace ``tensor`` by its sum over all ranks, in place."""
         if self.size > 1:
-            dist.all_reduce(tensor)
+            with _contact():
+                dist.all_reduce(tensor)
+
+    def meet(self) -> None:
+        """Wait until every rank is here."""
+        self.all_reduce(torch.zeros(1, device=self.device))
 
     def from_main(self, function: Callable[[], T]) -> T:
         """What ``function`` returns on rank 0; its InputError is raised on every rank."""
@@ -75,7 +83,8 @@ class World:
             except InputError as error:
                 result = [error]
         if self.size > 1:
-            dist.broadcast_object_list(result)
+            with _contact():
+                dist.broadcast_object_list(result)
         if isinstance(result[0], InputError):
             raise result[0]
         return cast(T, result[0])
@@ -91,11 +100,24 @@ class World:
         results: list[T | InputError | None] = [result]
         if self.size > 1:
             results = [None] * self.size
-            dist.all_gather_object(results, result)
+            with _contact():
+                dist.all_gather_object(results, result)
         for result in cast(list[T | InputError], results):
             if isinstance(result, InputError):
                 raise result
         return cast(list[T], results)
+
+
+@contextmanager
+def _contact() -> Iterator[None]:
+    """Turn what a collective raises into one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise WorldError(
+            f"another process is gone ({reason}); the same command again goes on from what is saved"
+        ) from None
 
 
 def connect(config: TrainConfig | EvaluateConfig) -> World:
@@ -105,7 +127,8 @@ def connect(config: TrainConfig | EvaluateConfig) -> World:
         InputError: the world is not the one asked for, or fp16 without a GPU.
     """
     if {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys():
-        die_with_parent()  # it is a launcher; a shell may end without its jobs
+        # It is a launcher; a shell may end without its jobs. Training can still save its work.
+        die_with_parent(by=signal.SIGTERM if isinstance(config, TrainConfig) else signal.SIGKILL)
     if not gc.isenabled():
         # A job imports without garbage collection; what imports made need not be traversed again.
         gc.freeze()
@@ -295,15 +318,29 @@ def launch(script: str, arguments: list[str], processes: int | None) -> int:
         topology += ["--multi_gpu", "--main_process_port", "0"]
     # Before the user's own, which wins.
     job = [script, "--expect-world-size", str(processes), *arguments]
-    try:
-        launch_command(launch_command_parser().parse_args([*topology, *job]))
-    except subprocess.CalledProcessError as error:
-        return _shell_code(error.returncode)
-    except ChildFailedError as error:
-        return _shell_code(error.get_first_failure()[1].exitcode)
-    except SignalException as error:
-        return 128 + error.sigval
+    for number in StopRequest.SIGNALS:
+        signal.signal(number, _pass_on)
+    with tempfile.NamedTemporaryFile("r") as code_file:
+        os.environ[EXIT_CODE_FILE] = code_file.name
+        try:
+            launch_command(launch_command_parser().parse_args([*topology, *job]))
+        except subprocess.CalledProcessError as error:
+            return _shell_code(error.returncode)
+        except ChildFailedError as error:
+            return _shell_code(error.get_first_failure()[1].exitcode)
+        except SignalException as error:  # the workers were given time to end
+            return int(code_file.read() or 128 + error.sigval)
     return 0
+
+
+def _pass_on(number: int, frame: object) -> None:
+    """To the job's processes: they save, and their end is the launcher's."""
+    children = psutil.Process().children()
+    if not children:
+        os._exit(128 + number)
+    for child in children:
+        with suppress(psutil.NoSuchProcess):
+            child.send_signal(number)
 
 
 def _shell_code(code: int) -> int:

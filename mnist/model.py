@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -63,15 +63,20 @@ def save_model(model: MLP, path: Path) -> None:
 
     The file appears whole or not at all.
     """
+    write_file(path, model_bytes(model.hidden_sizes, model.state_dict()))
+
+
+def model_bytes(hidden_sizes: Sequence[int], weights: Mapping[str, Tensor]) -> bytes:
+    """The contents of a model's file, from its ``state_dict``."""
     metadata = {
-        "hidden_sizes": model.hidden_sizes,
+        "hidden_sizes": hidden_sizes,
         "input": f"{_INPUTS} pixels: (value / 255 - mean) / std, ink high, ground 0",
         "mean": MEAN,
         "std": STD,
     }
-    tensors = {name: weight.float().contiguous() for name, weight in model.state_dict().items()}
+    tensors = {name: weight.float().cpu().contiguous() for name, weight in weights.items()}
     # One entry: safetensors writes several in an order that changes from call to call.
-    write_file(path, save(tensors, {_FORMAT: json.dumps(metadata)}))
+    return save(tensors, {_FORMAT: json.dumps(metadata)})
 
 
 def load_model(path: Path) -> MLP:

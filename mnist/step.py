@@ -52,14 +52,15 @@ class Learner:
         self.momentum = torch.zeros_like(self.parameters)
         self.squares = torch.zeros(size if config.optimizer == "adamw" else 0, device=world.device)
         self.updates = torch.zeros((), device=world.device)  # as AdamW counts them
-        # All that one all-reduce carries: the gradient, and the sums of loss and correct answers.
+        # All that one all-reduce carries: the gradient, the sums of loss and correct answers, and
+        # how many ranks are asked to stop.
         # On GPUs float64 can be 64 times slower, and a row's result depends on its batch anyway.
         exact = (
             config.exact_sums and world.precision == torch.float32 and world.device.type == "cpu"
         )
         sum_dtype = torch.float64 if exact else torch.float32
-        self.reduced = torch.zeros(size + 2, dtype=sum_dtype, device=world.device)
-        self._reduced_gradient, self.sums = self.reduced.split([size, 2])
+        self.reduced = torch.zeros(size + 3, dtype=sum_dtype, device=world.device)
+        self._reduced_gradient, self.sums, self._stop = self.reduced.split([size, 2, 1])
         self.gradient = self._reduced_gradient.float()  # itself, where it is float32
         self.totals = torch.zeros(2, dtype=widest_float(world.device), device=world.device)
 
@@ -96,7 +97,14 @@ class Learner:
         self.steps_without_overflow = torch.zeros((), device=world.device)
 
     @torch.no_grad()
-    def step(self, images: Tensor, labels: Tensor, batch_size: int, learning_rate: float) -> None:
+    def step(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        batch_size: int,
+        learning_rate: float,
+        stop: bool = False,
+    ) -> None:
         """Learn from one global batch.
 
         Args:
@@ -105,8 +113,10 @@ class Learner:
             labels: int64, n.
             batch_size: images in the global batch, over all ranks: the divisor of the loss.
             learning_rate: of this step.
+            stop: whether this rank is asked to stop; all learn of it by ``asked_to_stop``.
         """
         self._backward(images, labels, batch_size)
+        self._stop.fill_(stop)
         self._reduce()
         self._update(learning_rate)
 
@@ -115,6 +125,37 @@ class Learner:
         totals = self.totals.clone()
         self.totals.zero_()
         return totals
+
+    def asked_to_stop(self) -> bool:
+        """Whether any rank was, at the last step: the same answer on all (it waits for a GPU)."""
+        return bool(self._stop)
+
+    def state(self) -> dict[str, Tensor]:
+        """A copy of all that a checkpoint needs beside ``weights``, by name."""
+        return {name: tensor.clone() for name, tensor in self._state().items()}
+
+    def weights(self) -> dict[str, Tensor]:
+        """A copy of the model's ``state_dict``."""
+        copy = self.parameters.clone()
+        parts = copy.split([p.numel() for p in self.model.parameters()])
+        shapes = {name: p.shape for name, p in self.model.state_dict().items()}
+        return {
+            name: part.view(shape)
+            for (name, shape), part in zip(shapes.items(), parts, strict=True)
+        }
+
+    @torch.no_grad()
+    def load(self, weights: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+        """Go on from copies made by ``weights`` and ``state``, in a world of any size."""
+        self.model.load_state_dict(weights)
+        self._half.copy_(self.parameters[: len(self._half)])
+        for name, tensor in self._state().items():
+            tensor.copy_(state[name])
+
+    def _state(self) -> dict[str, Tensor]:
+        names = "momentum squares updates totals steps_without_overflow".split()
+        state: dict[str, Tensor] = {name: getattr(self, name) for name in names}
+        return state if self.loss_scale is None else state | {"loss_scale": self.loss_scale}
 
     def logits(self, images: Tensor) -> Tensor:
         """Logits, n×10 float32, of normalised images, n×784, in the training precision."""

@@ -1,18 +1,66 @@
-"""What is asked of the operating system: whole files, and processes that end with their parent."""
+"""What is asked of the operating system: whole files, signals, an end with the parent process."""
 
 import ctypes
 import os
 import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
-def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent ends (on Linux; elsewhere do nothing)."""
+def die_with_parent(by: signal.Signals = signal.SIGKILL) -> None:
+    """Have the kernel signal this process when its parent ends (on Linux; elsewhere do nothing)."""
     if _LIBC is not None:
-        _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        _LIBC.prctl(1, by)  # PR_SET_PDEATHSIG
+
+
+class StopRequest:
+    """Whether a signal has asked this process to save its work and to end, from now on.
+
+    Launchers and schedulers send several signals for one request: what comes within 5 s of the
+    first is the same one, what comes later ends the process at once. So does, after 4 s, the end
+    of the parent process. Signals are read by a thread, because the main one may be waiting for
+    another process inside a collective.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> "StopRequest":
+        reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        self._wakeup = signal.set_wakeup_fd(self._writer)
+        # What Python calls may do nothing: only with a handler does the signal reach the pipe.
+        self._handlers = {number: signal.signal(number, _ignore) for number in self.SIGNALS}
+        threading.Thread(target=self._watch, args=(reader, os.getppid()), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup)
+        os.close(self._writer)  # ends the thread
+
+    def _watch(self, reader: int, parent: int) -> None:
+        first = None
+        while received := os.read(reader, 1):
+            now = time.monotonic()
+            first = first or now
+            self.requested = True
+            if os.getppid() != parent:
+                threading.Timer(4, os._exit, (128 + received[0],)).start()
+            elif now - first > 5:
+                os._exit(128 + received[0])
+        os.close(reader)
+
+
+def _ignore(number: int, frame: object) -> None:
+    pass
 
 
 def write_file(path: Path, contents: bytes | str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,42 +15,78 @@ class Tracker:
     """Takes the rows of one run: writes each to ``metrics.jsonl`` and shows how far it is.
 
     A terminal gets a bar, and like every other output one line per epoch.
+
+    Args:
+        path: of ``metrics.jsonl``.
+        epochs: of the whole run.
+        steps: of the whole run.
+        step: steps done before.
+        kept: bytes of the file that stay, by which a run goes on; what follows them is dropped.
     """
 
-    def __init__(self, path: Path, steps: int, epochs: int) -> None:
-        self._file = path.open("w")
+    def __init__(self, path: Path, epochs: int, steps: int, step: int = 0, kept: int = 0) -> None:
+        self._file = path.open("ab")
+        if self._file.tell() < kept:
+            print(f"warning: {path} has lost rows", file=sys.stderr, flush=True)
+        else:
+            self._file.truncate(kept)
         self._epochs = epochs
         self._images = 0
         self._epoch = _nothing()
-        self._bar = tqdm(total=steps, unit="step", disable=not sys.stderr.isatty(), leave=False)
+        for row in read_metrics(path) if kept else []:
+            self._count(row)
+        terminal = sys.stderr.isatty()
+        self._bar = tqdm(total=steps, initial=step, unit="step", disable=not terminal, leave=False)
+
+    @property
+    def bytes(self) -> int:
+        """The length of ``metrics.jsonl``."""
+        return self._file.tell()
 
     def log(self, row: dict[str, Any]) -> None:
-        """Record a row; see ``training.fit`` for its keys."""
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+        """Record a row; see ``training.fit`` for its keys.
+
+        Raises:
+            InputError: the disk is full.
+        """
+        try:
+            self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+            self._file.flush()
+        except OSError as error:
+            raise InputError(
+                f"{self._file.name}: {error.strerror}; with that solved, the same command goes on "
+                "from the newest checkpoint"
+            ) from None
         self._bar.set_postfix_str(f"loss {row['train/loss']:.4f}", refresh=False)
         self._bar.update(row["step"] - self._bar.n)
+        epoch = self._count(row)
+        if epoch is not None:
+            self._say_epoch(row, epoch)
+
+    def _count(self, row: dict[str, Any]) -> dict[str, float] | None:
+        """Add a row to the sums of its epoch; return them where that ends."""
         images, self._images = row["images"] - self._images, row["images"]
         self._epoch["images"] += images
         self._epoch["seconds"] += images / row["images_per_second"]
         for key in ("train/loss", "train/accuracy"):
             self._epoch[key] += images * row[key]
-        if row["epoch"] == int(row["epoch"]):
-            self._say_epoch(row)
-            self._epoch = _nothing()
+        if row["epoch"] != int(row["epoch"]):
+            return None
+        epoch, self._epoch = self._epoch, _nothing()
+        return epoch
 
-    def _say_epoch(self, row: dict[str, Any]) -> None:
+    def _say_epoch(self, row: dict[str, Any], sums: dict[str, float]) -> None:
         """One line: means over the epoch just ended, and the validation after it."""
-        images = self._epoch["images"]
+        images = sums["images"]
         parts = [
             f"epoch {row['epoch']:{len(str(self._epochs))}.0f}/{self._epochs}",
-            f"training loss {self._epoch['train/loss'] / images:.4f}, "
-            f"accuracy {self._epoch['train/accuracy'] / images:.2%}",
+            f"training loss {sums['train/loss'] / images:.4f}, "
+            f"accuracy {sums['train/accuracy'] / images:.2%}",
         ]
         if "validation/loss" in row:
             loss, accuracy = row["validation/loss"], row["validation/accuracy"]
             parts.append(f"validation loss {loss:.4f}, accuracy {accuracy:.2%}")
-        parts.append(f"{images / self._epoch['seconds']:,.0f} images/s")
+        parts.append(f"{images / sums['seconds']:,.0f} images/s")
         with tqdm.external_write_mode(file=sys.stdout):
             print("   ".join(parts), flush=True)
 
@@ -58,7 +95,8 @@ class Tracker:
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
-        self._file.close()
+        with suppress(OSError):  # of a full disk, said before
+            self._file.close()
 
 
 class NoTracker(Tracker):
@@ -66,6 +104,11 @@ class NoTracker(Tracker):
 
     def __init__(self) -> None:
         pass
+
+    @property
+    def bytes(self) -> int:
+        """Nothing."""
+        return 0
 
     def log(self, row: dict[str, Any]) -> None:
         """Do nothing."""

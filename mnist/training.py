@@ -1,17 +1,27 @@
 """The training loop, and the folder that a run leaves behind."""
 
+import dataclasses
+import itertools
 import json
 import math
+import os
+import shutil
+import sys
 import time
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import yaml
+from filelock import FileLock, Timeout
+from safetensors.torch import load, save
 from torch import Tensor
 from torch.nn import functional
 
+from mnist.checkpoint import Contents, Saver, newest_checkpoint
 from mnist.config import (
     EvaluateConfig,
     InputError,
@@ -31,23 +41,39 @@ from mnist.data import (
     rank_slice,
     split_validation,
 )
-from mnist.distributed import World, connect, environment, widest_float
+from mnist.distributed import PRECISIONS, World, connect, environment, widest_float
 from mnist.evaluation import Weights, predict, score, summary, write_evaluation
 from mnist.figures import Painter, draw_curves, draw_predictions
 from mnist.inputs import Inputs, open_mnist
-from mnist.model import MLP, load_model, save_model
+from mnist.model import MLP, load_model, model_bytes, save_model
 from mnist.report import Example
 from mnist.step import Learner
-from mnist.system import write_file
+from mnist.system import StopRequest, flush_to_disk, write_file
 from mnist.tracking import NoTracker, Tracker, read_metrics
 
 _VALIDATION_BATCH = 4096  # large enough for full speed; the activations stay in megabytes
+_LOCK_SECONDS = 10.0  # a killed process may need some to end
+_GPU_STEPS_BETWEEN_LOOKS = 16  # at whether to stop: each waits for the GPU
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Where a run begins, or goes on."""
+
+    complete: bool = False
+    checkpoint: dict[str, bytes] | None = None  # its files, by name
+    step: int = 0  # steps done
+    logged_step: int = 0  # of the last row
+    metrics_bytes: int = 0  # of metrics.jsonl up to there
+    seconds: float = 0.0  # of training, up to there
+    open_seconds: float = 0.0  # since then
+    precision: str | None = None  # as the first start settled it
 
 
 def train(config: TrainConfig, painter: Painter | None) -> None:
     """Do the whole job: data, training, files, evaluation, summary.
 
-    A run that is complete already is summarised and left as it is.
+    A run that was interrupted goes on; one that is complete is summarised and left as it is.
 
     Args:
         config: the settings.
@@ -55,119 +81,335 @@ def train(config: TrainConfig, painter: Painter | None) -> None:
 
     Raises:
         InputError: the settings or the folders do not allow it.
+        SystemExit: with 75: interrupted and saved.
     """
     fetch_mnist(config.data_dir)  # before processes wait for each other
     world = connect(config)
-    complete = world.from_main(lambda: open_run_folder(config, world))
-    if complete and world.is_main:
-        print(f"{config.run_folder} is complete")
-    if not complete:
-        model = fit(config, world)
+    with StopRequest() as stop, ExitStack() as stack:
+        start = world.from_main(lambda: open_run_folder(config, world, stack))
+        if start.complete and world.is_main:
+            print(f"{config.run_folder} is complete")
+        if not start.complete:
+            model = fit(config, world, start, stop)
+            if world.is_main:
+                save_model(model, config.run_folder / "model.safetensors")
         if world.is_main:
-            save_model(model, config.run_folder / "model.safetensors")
-    if world.is_main:
-        assert painter is not None
-        finish(config, world, painter)
+            assert painter is not None
+            finish(config, world, painter)
 
 
-def open_run_folder(config: TrainConfig, world: World) -> bool:
-    """Make the run's folder, or check that it is of the same run; return whether it is complete.
+def open_run_folder(config: TrainConfig, world: World, stack: ExitStack) -> Start:
+    """Make the run's folder, or check that it is of the same run; say where training begins.
+
+    Args:
+        config: the settings.
+        world: what the run runs on.
+        stack: holds the folder's lock until it is closed.
 
     Raises:
-        InputError: the folder is of other settings, is something else, or cannot be written.
+        InputError: the folder is in use, of other settings, something else, has no good checkpoint
+            among its checkpoints, or cannot be written.
     """
     folder = config.run_folder
-    settings = folder / "config.yaml"
     try:
-        if settings.exists():
-            recorded = yaml.safe_load(settings.read_text())
-            if not isinstance(recorded, dict):
-                raise InputError(f"{settings} is damaged: it holds no settings")
-            changed = [
-                f"{option(name)} {recorded.get(name)} there, {value} here"
-                for name, value in numeric_settings(config).items()
-                if recorded.get(name) != value
-            ]
-            if changed:
-                raise InputError(
-                    f"{folder} is a run with other settings ({'; '.join(changed)}); "
-                    "choose another --run-name"
-                )
-            if (folder / "model.safetensors").exists():
-                return True
-        elif folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
-            raise InputError(f"{folder} is not a run folder; choose another --run-name")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_file(settings, yaml.safe_dump(to_yaml(config), sort_keys=False))
-        write_file(folder / "environment.json", json.dumps(environment(world), indent=2) + "\n")
+        if not config.fresh and _is_complete(config):
+            return Start(complete=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _hold(folder, stack)
+        if config.fresh and not _is_restart():
+            _move_aside(folder)
+        if _is_complete(config):  # by the process that held it
+            return Start(complete=True)
+        folder.mkdir(exist_ok=True)
+        start = _find_start(config)
+        write_file(folder / "config.yaml", yaml.safe_dump(to_yaml(config), sort_keys=False))
+        _record_environment(folder / "environment.json", world, start)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise InputError(f"run folder {folder}: {reason}; see --runs-dir") from None
-    return False
+    return start
 
 
-def fit(config: TrainConfig, world: World) -> MLP:
-    """Train a new model; every rank returns the same one.
+def _is_complete(config: TrainConfig) -> bool:
+    """Whether the run's folder has its final model.
+
+    Raises:
+        InputError: it is of another run, or not of a run.
+    """
+    folder = config.run_folder
+    settings = folder / "config.yaml"
+    if not settings.exists():
+        if folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
+            raise InputError(f"{folder} is not a run folder; choose another --run-name")
+        return False
+    recorded = yaml.safe_load(settings.read_text())
+    if not isinstance(recorded, dict):
+        raise InputError(f"{settings} is damaged: it holds no settings")
+    changed = [
+        f"{option(name)} {recorded.get(name)} there, {value} here"
+        for name, value in numeric_settings(config).items()
+        if recorded.get(name) != value
+    ]
+    if changed:
+        raise InputError(
+            f"{folder} is a run with other settings ({'; '.join(changed)}); "
+            "choose another --run-name, or --fresh to start over"
+        )
+    return (folder / "model.safetensors").exists()
+
+
+def _hold(folder: Path, stack: ExitStack) -> None:
+    """Lock the run; the system releases the lock even when this process is killed."""
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        stack.enter_context(lock.acquire(timeout=_LOCK_SECONDS))
+    except Timeout:
+        raise InputError(
+            f"{folder} is in use by another process; wait for its end, or choose another --run-name"
+        ) from None
+
+
+def _is_restart() -> bool:
+    """Whether a launcher or scheduler has started this very command before."""
+    counters = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+    return any(os.environ.get(name, "0") != "0" for name in counters)
+
+
+def _move_aside(folder: Path) -> None:
+    if folder.exists():
+        numbers = itertools.count(1)
+        aside = next(
+            path for n in numbers if not (path := folder.with_name(f"{folder.name}.{n}")).exists()
+        )
+        folder.rename(aside)
+        print(f"{folder} is kept as {aside}", flush=True)
+
+
+def _find_start(config: TrainConfig) -> Start:
+    """The newest good checkpoint, or the beginning."""
+    checkpoints = _checkpoints(config)
+    for unfinished in checkpoints.glob(".step-*"):
+        shutil.rmtree(unfinished, ignore_errors=True)
+    newest = newest_checkpoint(checkpoints)
+    if newest is None:
+        return Start()
+    for damaged in checkpoints.glob("step-*"):
+        if damaged > newest:  # else it would be warned of for ever
+            damaged.rename(damaged.with_name(f"damaged-{damaged.name}-{time.time_ns()}"))
+    files = {path.name: path.read_bytes() for path in newest.iterdir()}
+    state = json.loads(files["state.json"])
+    del state["settings"]
+    start = Start(checkpoint=files, **state)
+    print(f"{config.run_folder} goes on from step {start.step:,}", flush=True)
+    return start
+
+
+def _record_environment(path: Path, world: World, start: Start) -> None:
+    """Write what the run runs on, with that of its earlier starts, and warn of differences."""
+    now = environment(world) | ({"precision": start.precision} if start.precision else {})
+    starts = json.loads(path.read_text())["starts"] if start.step and path.exists() else []
+    brief = {name: now[name] for name in ("world_size", "threads", "device", "precision")}
+    for name, value in brief.items():
+        if starts and starts[-1][name] != value:
+            print(
+                f"warning: goes on with {name} {value} instead of {starts[-1][name]}: results can "
+                "differ in the last bits",
+                file=sys.stderr,
+                flush=True,
+            )
+    starts.append({"step": start.step} | brief)
+    write_file(path, json.dumps(now | {"starts": starts}, indent=2) + "\n")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which images and which learning rate belong to each step, counted from 1."""
+
+    size: int  # training images
+    config: TrainConfig
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Of which the last may have fewer images than the others."""
+        return math.ceil(self.size / self.config.batch_size)
+
+    @property
+    def steps(self) -> int:
+        """In all epochs."""
+        return self.config.epochs * self.steps_per_epoch
+
+    def images_until(self, step: int) -> int:
+        """Images seen by the end of a step, over all processes."""
+        epochs, rest = divmod(step, self.steps_per_epoch)
+        return epochs * self.size + min(rest * self.config.batch_size, self.size)
+
+    def batch_size(self, step: int) -> int:
+        """Images of a step, over all processes."""
+        return self.images_until(step) - self.images_until(step - 1)
+
+    def learning_rate(self, step: int) -> float:
+        """Of a step, by the schedule at its middle."""
+        return self.config.learning_rate * schedule((step - 0.5) / self.steps, self.config)
+
+    def ends_epoch(self, step: int) -> bool:
+        """Whether a step is the last of its epoch."""
+        return step % self.steps_per_epoch == 0
+
+
+class Interval:
+    """The steps since the last row of ``metrics.jsonl``, and the time they took."""
+
+    def __init__(self, plan: Plan, start: Start) -> None:
+        self._plan = plan
+        self._logged_step, self._seconds = start.logged_step, start.seconds
+        self._began = time.perf_counter() - start.open_seconds
+
+    def end(self, step: int, totals: Tensor) -> dict[str, Any]:
+        """The row for it, from the sums of loss and correct predictions."""
+        images = self._plan.images_until(step)
+        seen = images - self._plan.images_until(self._logged_step)
+        loss, accuracy = (totals / seen).tolist()  # waits for a GPU
+        elapsed = time.perf_counter() - self._began
+        self._logged_step, self._seconds = step, self._seconds + elapsed
+        return {
+            "step": step,
+            "epoch": images / self._plan.size,
+            "images": images,
+            "train/loss": loss,
+            "train/accuracy": accuracy,
+            "learning_rate": self._plan.learning_rate(step),
+            "images_per_second": seen / elapsed,
+            "seconds": self._seconds,
+        }
+
+    def begin(self) -> None:
+        """Let the next one begin now."""
+        self._began = time.perf_counter()
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs of it."""
+        return {
+            "logged_step": self._logged_step,
+            "seconds": self._seconds,
+            "open_seconds": time.perf_counter() - self._began,
+        }
+
+
+def fit(
+    config: TrainConfig, world: World, start: Start | None = None, stop: StopRequest | None = None
+) -> MLP:
+    """Train a new model, or go on with one; every rank returns the same.
 
     Logs rows of: step, epoch and images (so far), train/loss and train/accuracy (means over the
     images since the last row, each scored before its step learned from it), learning_rate,
     images_per_second, seconds (of training, so far); at the end of an epoch also validation/loss
     and validation/accuracy.
+
+    Raises:
+        InputError: training diverged, or a row cannot be written.
+        SystemExit: with 75: ``stop`` was requested, on any rank, and all is saved.
     """
+    start, stop = start or Start(), stop or StopRequest()
+    if start.precision is not None:
+        world = dataclasses.replace(world, precision=PRECISIONS[start.precision])
     training, validation = load_training_data(config, world)
-    steps_per_epoch = math.ceil(len(training) / config.batch_size)
-    steps = config.epochs * steps_per_epoch
+    plan = Plan(len(training), config)
     batches = GlobalBatches(
         size=len(training),
         batch_size=config.batch_size,
         seed=config.seed,
         rank=world.rank,
         world_size=world.size,
-        stop_step=steps,
+        start_step=start.step,
+        stop_step=plan.steps,
     )
     learner = Learner(MLP(config.hidden_sizes).initialise(config.seed), config, world)
-
-    def images_until(step: int) -> int:
-        epochs, rest = divmod(step, steps_per_epoch)
-        return epochs * len(training) + min(rest * config.batch_size, len(training))
-
-    metrics = config.run_folder / "metrics.jsonl"
-    with Tracker(metrics, steps, config.epochs) if world.is_main else NoTracker() as tracker:
-        logged_step, seconds, started = 0, 0.0, time.perf_counter()
-        for step, (images, labels) in enumerate(load_batches(training, batches), start=1):
-            batch_size = images_until(step) - images_until(step - 1)
-            rate = config.learning_rate * schedule((step - 0.5) / steps, config)
-            learner.step(images, labels, batch_size, rate)
-
-            epoch_ends = step % steps_per_epoch == 0
-            if not (epoch_ends or step % config.log_every == 0):
-                continue
-            seen = images_until(step) - images_until(logged_step)
-            loss, accuracy = (learner.take_totals() / seen).tolist()
-            elapsed = time.perf_counter() - started
-            row: dict[str, Any] = {
-                "step": step,
-                "epoch": images_until(step) / len(training),
-                "images": images_until(step),
-                "train/loss": loss,
-                "train/accuracy": accuracy,
-                "learning_rate": rate,
-                "images_per_second": seen / elapsed,
-                "seconds": (seconds := seconds + elapsed),
-            }
-            if epoch_ends and config.validation_size:
-                row |= validate(learner, validation, config.validation_size)
-            finite = all(map(math.isfinite, row.values()))
-            if step == steps:  # no later row would show what the last step did
-                finite &= bool(learner.logits(training.images[:1]).isfinite().all())
-            if not finite:
-                raise InputError(
-                    f"training diverged: the loss is not finite by step {step}; "
-                    f"take a --learning-rate below {config.learning_rate}"
-                )
-            tracker.log(row)
-            logged_step, started = step, time.perf_counter()
+    if start.checkpoint is not None:
+        load_checkpoint(learner, start.checkpoint)
+    look_every = 1 if world.device.type == "cpu" else _GPU_STEPS_BETWEEN_LOOKS
+    interrupted = False
+    with ExitStack() as stack:
+        tracker: Tracker = NoTracker()
+        saver: Saver | None = None
+        if world.is_main:
+            metrics = config.run_folder / "metrics.jsonl"
+            tracker = stack.enter_context(
+                Tracker(metrics, config.epochs, plan.steps, start.step, start.metrics_bytes)
+            )
+            saver = stack.enter_context(Saver(_checkpoints(config), config.keep_checkpoints))
+        interval = Interval(plan, start)
+        for step, (images, labels) in enumerate(load_batches(training, batches), start.step + 1):
+            rate, batch_size = plan.learning_rate(step), plan.batch_size(step)
+            learner.step(images, labels, batch_size, rate, stop.requested)
+            if plan.ends_epoch(step) or step % config.log_every == 0:
+                row = interval.end(step, learner.take_totals())
+                if plan.ends_epoch(step) and config.validation_size:
+                    row |= validate(learner, validation, config.validation_size)
+                check_finite(row, learner, training.images, plan)
+                tracker.log(row)
+                interval.begin()
+            if step % look_every == 0:
+                interrupted = step < plan.steps and learner.asked_to_stop()
+            due = config.checkpoint_every is not None and step % config.checkpoint_every == 0
+            if saver is not None and (plan.ends_epoch(step) or due or interrupted):
+                state = {"step": step, "metrics_bytes": tracker.bytes} | interval.state()
+                saver.save(step, checkpoint_files(learner, state, config))
+            if interrupted:
+                break
+    if interrupted:
+        world.meet()  # a launcher ends the others as soon as one has ended
+        if saver is not None:
+            _say_interrupted(config.run_folder, step, saver.newest)
+        raise SystemExit(75)
     return learner.model
+
+
+def check_finite(row: dict[str, Any], learner: Learner, images: Tensor, plan: Plan) -> None:
+    """Raise an InputError if a row shows that training has diverged."""
+    finite = all(map(math.isfinite, row.values()))
+    if row["step"] == plan.steps:  # no later row would show what the last step did
+        finite &= bool(learner.logits(images[:1]).isfinite().all())
+    if not finite:
+        raise InputError(
+            f"training diverged: the loss is not finite by step {row['step']}; "
+            f"take a --learning-rate below {plan.config.learning_rate} and another --run-name, "
+            "or --fresh"
+        )
+
+
+def checkpoint_files(learner: Learner, state: dict[str, Any], config: TrainConfig) -> Contents:
+    """A copy of what training needs to go on from here, which becomes files when it is called."""
+    weights, optimizer = learner.weights(), learner.state()
+    metrics = config.run_folder / "metrics.jsonl"
+    state |= {"precision": learner.world.precision_name, "settings": to_yaml(config)}
+
+    def files() -> dict[str, bytes]:
+        flush_to_disk(metrics)  # whose length the state tells
+        return {
+            "model.safetensors": model_bytes(config.hidden_sizes, weights),
+            "optimizer.safetensors": save({name: value.cpu() for name, value in optimizer.items()}),
+            "state.json": json.dumps(state, indent=2).encode(),
+        }
+
+    return files
+
+
+def load_checkpoint(learner: Learner, files: dict[str, bytes]) -> None:
+    """Let a learner go on from a checkpoint's files."""
+    learner.load(load(files["model.safetensors"]), load(files["optimizer.safetensors"]))
+
+
+def _checkpoints(config: TrainConfig) -> Path:
+    return config.run_folder / "checkpoints"
+
+
+def _say_interrupted(folder: Path, step: int, saved: int | None) -> None:
+    state = "saved" if saved == step else "not saved, see above"
+    print(
+        f"interrupted at step {step:,}: {state}; the same command again goes on with {folder}",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def load_training_data(config: TrainConfig, world: World) -> tuple[BatchedDigits, BatchedDigits]:

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,11 +64,11 @@ def loader_epoch(data_dir: Path) -> Callable[[], float]:
 
 def our_training(config: TrainConfig, world: World, folder: Path) -> Callable[[], float]:
     """The real loop, as its own metrics time it: training without validation and files."""
-    config = replace(config, runs_dir=folder)
+    config = replace(config, runs_dir=folder, fresh=True)
 
     def seconds() -> float:
-        open_run_folder(config, world)
-        fit(config, world)
+        with ExitStack() as stack:
+            fit(config, world, open_run_folder(config, world, stack))
         return read_metrics(config.run_folder / "metrics.jsonl")[-1]["seconds"]
 
     return seconds

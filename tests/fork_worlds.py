@@ -10,11 +10,13 @@ import os
 import socket
 import sys
 import traceback
+from contextlib import ExitStack
 
 from mnist.config import parse_evaluate_config, parse_train_config
 from mnist.distributed import connect
 from mnist.evaluation import evaluate
 from mnist.model import save_model
+from mnist.system import StopRequest
 from mnist.training import fit, open_run_folder
 
 
@@ -31,10 +33,11 @@ def work(job: str, options: list) -> None:
         return
     config = parse_train_config(options)
     world = connect(config)
-    world.from_main(lambda: open_run_folder(config, world))
-    model = fit(config, world)
-    if world.is_main:
-        save_model(model, config.run_folder / "model.safetensors")
+    with StopRequest() as stop, ExitStack() as stack:
+        start = world.from_main(lambda: open_run_folder(config, world, stack))
+        model = fit(config, world, start, stop)
+        if world.is_main:
+            save_model(model, config.run_folder / "model.safetensors")
 
 
 def fork(rank: int, size: int, port: int, job: str, options: list) -> int:
