@@ -92,10 +92,25 @@ def train(config: TrainConfig, painter: Painter | None) -> None:
         if not start.complete:
             model = fit(config, world, start, stop)
             if world.is_main:
-                save_model(model, config.run_folder / "model.safetensors")
+                save_final(model, config.run_folder / "model.safetensors")
         if world.is_main:
             assert painter is not None
             finish(config, world, painter)
+
+
+def save_final(model: MLP, path: Path) -> None:
+    """Write the final weights, by which the run is complete.
+
+    Raises:
+        InputError: the disk is full.
+    """
+    try:
+        save_model(model, path)
+    except OSError as error:
+        raise InputError(
+            f"{path}: {error.strerror}; with that solved, the same command goes on from the newest "
+            "checkpoint"
+        ) from None
 
 
 def open_run_folder(config: TrainConfig, world: World, stack: ExitStack) -> Start:
@@ -124,6 +139,8 @@ def open_run_folder(config: TrainConfig, world: World, stack: ExitStack) -> Star
         start = _find_start(config)
         write_file(folder / "config.yaml", yaml.safe_dump(to_yaml(config), sort_keys=False))
         _record_environment(folder / "environment.json", world, start)
+    except FileExistsError:
+        raise InputError(f"--runs-dir {folder.parent} is not a folder") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise InputError(f"run folder {folder}: {reason}; see --runs-dir") from None
@@ -138,9 +155,8 @@ def _is_complete(config: TrainConfig) -> bool:
     """
     folder = config.run_folder
     settings = folder / "config.yaml"
+    _check_is_run(folder)
     if not settings.exists():
-        if folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
-            raise InputError(f"{folder} is not a run folder; choose another --run-name")
         return False
     recorded = yaml.safe_load(settings.read_text())
     if not isinstance(recorded, dict):
@@ -156,6 +172,12 @@ def _is_complete(config: TrainConfig) -> bool:
             "choose another --run-name, or --fresh to start over"
         )
     return (folder / "model.safetensors").exists()
+
+
+def _check_is_run(folder: Path) -> None:
+    named = [path.name for path in folder.iterdir()] if folder.exists() else []
+    if "config.yaml" not in named and any(not name.startswith(".") for name in named):
+        raise InputError(f"{folder} is not a run folder; choose another --run-name")
 
 
 def _hold(folder: Path, stack: ExitStack) -> None:
@@ -176,6 +198,7 @@ def _is_restart() -> bool:
 
 
 def _move_aside(folder: Path) -> None:
+    _check_is_run(folder)
     if folder.exists():
         numbers = itertools.count(1)
         aside = next(

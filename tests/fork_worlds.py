@@ -15,9 +15,8 @@ from contextlib import ExitStack
 from mnist.config import parse_evaluate_config, parse_train_config
 from mnist.distributed import connect
 from mnist.evaluation import evaluate
-from mnist.model import save_model
 from mnist.system import StopRequest
-from mnist.training import fit, open_run_folder
+from mnist.training import fit, open_run_folder, save_final
 
 
 def free_port() -> int:
@@ -37,7 +36,7 @@ def work(job: str, options: list) -> None:
         start = world.from_main(lambda: open_run_folder(config, world, stack))
         model = fit(config, world, start, stop)
         if world.is_main:
-            save_model(model, config.run_folder / "model.safetensors")
+            save_final(model, config.run_folder / "model.safetensors")
 
 
 def fork(rank: int, size: int, port: int, job: str, options: list) -> int:

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,11 @@ def worlds(tmp_path_factory, data_dir) -> Path:
     return runs
 
 
+def open_folder(config):
+    with ExitStack() as stack:
+        return open_run_folder(config, WORLD, stack)
+
+
 @pytest.mark.parametrize("name", ["long2", "long3", "tiny3"])
 def test_any_world_size_is_the_same_experiment(worlds, name):
     one = load_file(worlds / f"{name[:-1]}1" / "model.safetensors")
@@ -96,7 +102,7 @@ def test_environment_says_what_the_run_ran_on(worlds):
 
 def test_rows_count_every_image_and_validate_on_the_rest(tmp_path, data_dir):
     config = small(tmp_path, data_dir, epochs=2, log_every=2)
-    open_run_folder(config, WORLD)
+    open_folder(config)
     model = fit(config, WORLD)
     rows = read_metrics(config.run_folder / "metrics.jsonl")
     assert [row["step"] for row in rows] == [2, 4, 5, 6, 8, 10]
@@ -120,7 +126,7 @@ def test_rows_count_every_image_and_validate_on_the_rest(tmp_path, data_dir):
 
 def test_first_row_is_the_loss_before_learning(tmp_path, data_dir):
     config = small(tmp_path, data_dir, epochs=1, batch_size=1000)
-    open_run_folder(config, WORLD)
+    open_folder(config)
     fit(config, WORLD)
     (row,) = read_metrics(config.run_folder / "metrics.jsonl")
     assert row["train/loss"] == pytest.approx(math.log(10), abs=0.1)  # ten classes, by chance
@@ -128,7 +134,7 @@ def test_first_row_is_the_loss_before_learning(tmp_path, data_dir):
 
 def test_no_validation_split_trains_on_everything(tmp_path, data_dir):
     config = small(tmp_path, data_dir, epochs=1, validation_size=0, batch_size=6000)
-    open_run_folder(config, WORLD)
+    open_folder(config)
     fit(config, WORLD)
     (row,) = read_metrics(config.run_folder / "metrics.jsonl")
     assert row["images"] == 60_000 and "validation/loss" not in row
@@ -143,7 +149,7 @@ def test_divergence_is_said_at_once(tmp_path, data_dir):
         config = small(
             tmp_path, data_dir, run_name=name.split()[-1], learning_rate=1e30, **settings
         )
-        open_run_folder(config, WORLD)
+        open_folder(config)
         with pytest.raises(InputError, match=r"diverged.*--learning-rate below 1e\+30"):
             fit(config, WORLD)
 
@@ -151,7 +157,7 @@ def test_divergence_is_said_at_once(tmp_path, data_dir):
 def test_start_killed_at_once_does_not_block_its_name(tmp_path, data_dir):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".config.yaml.123").write_text("half")
-    assert open_run_folder(small(tmp_path, data_dir), WORLD) is False
+    assert not open_folder(small(tmp_path, data_dir)).complete
 
 
 def test_schedule_rises_and_falls_linearly():
@@ -163,11 +169,11 @@ def test_schedule_rises_and_falls_linearly():
 
 
 def test_run_folder_of_other_settings_is_refused(tmp_path, data_dir):
-    open_run_folder(small(tmp_path, data_dir), WORLD)
+    open_folder(small(tmp_path, data_dir))
     before = (tmp_path / "run" / "config.yaml").read_bytes()
-    open_run_folder(small(tmp_path, data_dir, threads=2, log_every=3), WORLD)
+    open_folder(small(tmp_path, data_dir, threads=2, log_every=3))
     with pytest.raises(InputError, match="--seed 0 there, 3 here; --epochs 25 there, 2 here"):
-        open_run_folder(small(tmp_path, data_dir, seed=3, epochs=2), WORLD)
+        open_folder(small(tmp_path, data_dir, seed=3, epochs=2))
     assert yaml.safe_load(before)["seed"] == 0
 
 
@@ -175,14 +181,14 @@ def test_foreign_folder_is_refused_and_left_alone(tmp_path, data_dir):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("mine")
     with pytest.raises(InputError, match="is not a run folder"):
-        open_run_folder(small(tmp_path, data_dir), WORLD)
+        open_folder(small(tmp_path, data_dir))
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
 
 
 def test_folder_that_cannot_be_made_is_named(tmp_path, data_dir):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"file/run: Not a directory; see --runs-dir"):
-        open_run_folder(small(tmp_path / "file", data_dir), WORLD)
+    with pytest.raises(InputError, match=r"--runs-dir .*/file is not a folder"):
+        open_folder(small(tmp_path / "file", data_dir))
 
 
 def test_model_of_a_run_is_loadable(worlds):

@@ -1,0 +1,631 @@
+"""A run's folder mirrored to Weights & Biases, by a process of its own.
+
+The training process sends that process (``python -m mnist.mirror``) a few small messages and never
+waits for it but at the end, for a bounded time. All that W&B gets is read from the run's folder, so
+nothing is lost with it: ``python -m mnist.mirror runs/NAME`` sends whatever W&B does not hold yet.
+Imports no torch; W&B is imported by that process alone.
+"""
+
+import contextlib
+import csv
+import heapq
+import json
+import os
+import pickle
+import queue
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import psutil
+import yaml
+from numpy.typing import NDArray
+
+from mnist.system import write_file
+
+if TYPE_CHECKING:
+    import wandb
+    from PIL.Image import Image
+
+_TABLE_ROWS = 200
+_MISTAKE = "#c1121f"
+_SAYS_LOST = "Fatal error while uploading data"  # in what W&B prints; finish() says nothing
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandbSettings:
+    """Where and how a run is mirrored; None leaves it to ``WANDB_*``, then to defaults."""
+
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    project: str | None = None
+    entity: str | None = None
+    group: str | None = None
+    tags: tuple[str, ...] = ()
+
+
+@dataclass(kw_only=True)
+class Limits:
+    """Seconds that W&B may take; a job is delayed by ``close`` at most."""
+
+    init: float = 8.0  # W&B takes 5.4 s more before it gives up
+    finish: float = 8.0
+    close: float = 30.0
+    flush: float = 2.0  # between writes to the local log
+    transmit: float = 15.0  # between messages to the server
+    figures: float = 5.0  # wait for the figures that another process draws
+
+
+LIMITS = Limits()
+
+
+# --------------------------------------------------------------------------- in the job's process
+
+
+class NoMirror:
+    """What a job without W&B has, and every rank but the first."""
+
+    def rows(self, length: int) -> None:
+        """The first ``length`` bytes of ``metrics.jsonl`` are final: send what is new of them."""
+
+    def grid(
+        self,
+        step: int,
+        images: NDArray[np.uint8],
+        labels: NDArray[np.int64],
+        predictions: NDArray[np.int64],
+        confidences: NDArray[Any],
+    ) -> None:
+        """Sample predictions, to go out with the row of ``step``, so before ``rows`` covers it.
+
+        Args:
+            step: of the row.
+            images: n×28×28, n at most 32.
+            labels: n digits.
+            predictions: n digits.
+            confidences: n probabilities of the predictions, 0 to 1.
+        """
+
+    def evaluated(self, split: str, folder: Path) -> None:
+        """``folder`` holds the ``report.json`` and ``predictions.csv`` of ``split``; of a run that
+        is complete, since rows follow no report."""
+
+    def finished(self) -> None:
+        """The run is complete: send ``model.safetensors`` and the figures."""
+
+    def close(self) -> None:
+        """End, within ``LIMITS.close`` seconds; say where the run is, or what is missing there."""
+
+
+class Mirror(NoMirror):
+    """Mirrors a run's folder from another process; nothing here waits for it but ``close``.
+
+    Without ``close``, as when the job is killed, that process ends by itself.
+    """
+
+    def __init__(self, run_folder: Path, settings: WandbSettings) -> None:
+        self._folder = run_folder
+        self._said: dict[str, Any] = {}
+        self._closed = False
+        (run_folder / "wandb").mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-P", "-m", "mnist.mirror"]
+        pipe, log = subprocess.PIPE, run_folder / "wandb/mirror.log"
+        with log.open("wb") as errors:
+            self._process = subprocess.Popen(
+                command, stdin=pipe, stdout=pipe, stderr=errors, start_new_session=True
+            )
+        # A pipe that nobody reads fills up, and writing to it would then stop the training.
+        self._outbox: queue.SimpleQueue[tuple[Any, ...] | None] = queue.SimpleQueue()
+        threading.Thread(target=self._write, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        self._outbox.put((run_folder, settings, LIMITS))
+
+    def _write(self) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError), self._process.stdin as pipe:
+            while (message := self._outbox.get()) is not None:
+                pickle.dump(message, pipe)
+                pipe.flush()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._said |= json.loads(line)
+
+    def rows(self, length: int) -> None:
+        self._outbox.put(("rows", length))
+
+    def grid(
+        self,
+        step: int,
+        images: NDArray[np.uint8],
+        labels: NDArray[np.int64],
+        predictions: NDArray[np.int64],
+        confidences: NDArray[Any],
+    ) -> None:
+        self._outbox.put(("grid", step, images, labels, predictions, confidences))
+
+    def evaluated(self, split: str, folder: Path) -> None:
+        self._outbox.put(("evaluated", split, folder))
+
+    def finished(self) -> None:
+        self._outbox.put(("finished",))
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._outbox.put(None)
+        self._reader.join(LIMITS.close)
+        if self._reader.is_alive():
+            _kill_tree(self._process.pid)
+            self._reader.join(1)
+            self._said["lost"] = f"it did not finish within {LIMITS.close:.0f} s"
+        elif not self._said.get("done"):
+            self._said["lost"] = f"it failed, see {self._folder / 'wandb/mirror.log'}"
+        self._process.wait()
+        self._tell(**self._said)
+
+    def _tell(
+        self,
+        mode: str | None = None,
+        directory: str = "",
+        url: str | None = None,
+        exact: bool = True,
+        warning: str | None = None,
+        lost: str | None = None,
+        done: bool = False,
+    ) -> None:
+        """Print the end lines; see ``_Session`` for what it has said."""
+        program = os.path.relpath(Path(sys.executable).with_name("wandb"))
+        sync = shlex.join([program, "sync", str(self._folder / "wandb")])
+        if not exact or mode == "online" or not mode:
+            # wandb sync would add what the server has got already once more.
+            python = os.path.relpath(sys.executable)
+            sync = shlex.join([python, "-m", "mnist.mirror", str(self._folder)])
+        if lost:
+            print(f"warning: W&B has not got everything: {lost}; send it: {sync}", file=sys.stderr)
+        elif warning:
+            print(f"warning: W&B is offline: {warning}; send it later: {sync}", file=sys.stderr)
+        if mode == "online":
+            print(f"wandb       {url}", flush=True)
+        elif mode == "offline":
+            view = shlex.join([program, "leet", "run", os.path.relpath(directory)])
+            print(f"wandb       offline; send it: {sync}\n{'':12}view it: {view}", flush=True)
+
+
+def open_mirror(run_folder: Path, settings: WandbSettings) -> NoMirror:
+    """The mirror that the settings and ``WANDB_MODE`` ask for."""
+    wanted: str | None = settings.mode
+    if wanted == "auto":
+        wanted = os.environ.get("WANDB_MODE")
+    return NoMirror() if wanted == "disabled" else Mirror(run_folder, settings)
+
+
+def send_again(run_folder: Path) -> None:
+    """Send what W&B does not hold of a complete run."""
+    if not (run_folder / "model.safetensors").exists():
+        sys.exit(f"{run_folder} is no complete run; start it again, and it is sent when it goes on")
+    mirror = Mirror(run_folder, WandbSettings(mode="online"))
+    mirror.rows((run_folder / "metrics.jsonl").stat().st_size)
+    for report in sorted(run_folder.glob("evaluation/*/report.json")):
+        mirror.evaluated(report.parent.name, report.parent)
+    mirror.finished()
+    mirror.close()
+
+
+def _kill_tree(pid: int) -> None:
+    """W&B's own processes are in other process groups, so these are found by descent."""
+    with contextlib.suppress(psutil.Error):
+        root = psutil.Process(pid)
+        for process in (*root.children(recursive=True), root):
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+
+
+# ------------------------------------------------------------------------ in the mirror's process
+
+
+class _Session:
+    """One connection of W&B's client, opened when there is something to send.
+
+    What it holds for certain is in ``wandb/run.json``: the run's id and place, and for each thing
+    that is sent once the mode in which it was.
+    """
+
+    def __init__(self, folder: Path, settings: WandbSettings, limits: Limits, out: IO[str]) -> None:
+        import wandb
+
+        self.wandb, self.limits, self.out = wandb, limits, out
+        self.folder, self.state = folder, folder / "wandb/run.json"
+        recorded = json.loads(self.state.read_text()) if self.state.exists() else {}
+        place = {
+            "project": settings.project or recorded.get("project") or os.getenv("WANDB_PROJECT"),
+            "entity": settings.entity or recorded.get("entity") or os.getenv("WANDB_ENTITY"),
+        }
+        place["project"] = place["project"] or "mnist-ocr"
+        same = all(recorded.get(key) == value for key, value in place.items())
+        self.sent: dict[str, str] = recorded.get("sent", {}) if same else {}
+        self.place = {"id": recorded.get("id") or wandb.util.generate_id(), **place}
+        self._record()
+
+        self.settings = settings
+        self.warning: str | None = None
+        self.mode = self._choose_mode(settings.mode)
+        self.run: wandb.Run | None = None
+        self.held = -1  # the last step that W&B has
+        self.offset = 0  # into metrics.jsonl
+        self.grids: dict[int, tuple[NDArray[Any], ...]] = {}
+        self.items: list[str] = []
+        self.lost: list[str] = []
+        if not (folder / "model.safetensors").exists():
+            self.connect()
+
+    def _record(self) -> None:
+        write_file(self.state, json.dumps({**self.place, "sent": self.sent}, indent=2) + "\n")
+
+    def say(self, **facts: Any) -> None:
+        """Tell the job's process; see ``Mirror._tell``."""
+        print(json.dumps(facts), file=self.out, flush=True)
+
+    def _choose_mode(self, wanted: str) -> str:
+        found = os.environ.pop("WANDB_MODE", None)
+        if wanted == "auto" and found:
+            wanted = {"dryrun": "offline", "run": "online"}.get(found, found)
+        if wanted in ("online", "offline"):
+            return wanted
+        try:
+            return "online" if self.wandb.login(prompt=False, verify=False) else "offline"
+        except Exception as error:
+            self.warning = _one_line(error)
+            return "offline"
+
+    def connect(self) -> "wandb.Run":
+        """The run, open; online if that is wanted and works.
+
+        A step that the server holds is never sent again; offline, one that any local log holds.
+        """
+        if self.run is not None:
+            return self.run
+        logs = self._unsynced()
+        local = {log: self._last_step(log) for log in self._logs()}
+        if self.mode == "online":
+            try:
+                self.run = self._init("online")
+                self.held = self.run.starting_step - 1
+            except Exception as error:
+                self.warning, self.mode = _one_line(error), "offline"
+                self.wandb.teardown()
+        if self.run is None:
+            self.run = self._init("offline")
+            self.held = max(local.values(), default=-1)
+        # Whether the server got what was sent online and never confirmed is not known offline.
+        exact = all(log.parent.name.startswith("offline-") for log in logs)
+        directory = str(Path(self.run.dir).parent)
+        self.say(mode=self.mode, directory=directory, url=self.run.url, exact=exact)
+        for axis in ("step", "images", "epoch", "seconds"):
+            self.run.define_metric(axis, hidden=True)
+        self.run.define_metric("*", step_metric="step")
+        return self.run
+
+    def _init(self, mode: Literal["online", "offline"]) -> "wandb.Run":
+        config = yaml.safe_load((self.folder / "config.yaml").read_text())
+        config["environment"] = json.loads((self.folder / "environment.json").read_text())
+        return self.wandb.init(
+            **self.place,
+            name=os.getenv("WANDB_NAME") or self.folder.resolve().name,
+            group=self.settings.group,
+            tags=self.settings.tags or None,
+            config=config,
+            dir=self.folder,
+            mode=mode,
+            resume="allow",
+            settings=self.wandb.Settings(
+                silent=True,
+                console="off",
+                disable_code=True,
+                disable_git=True,
+                x_save_requirements=False,
+                init_timeout=self.limits.init,
+                finish_timeout=self.limits.finish,
+                finish_timeout_raises=True,
+                x_transaction_log_flush_interval=self.limits.flush,
+                x_file_stream_transmit_interval=self.limits.transmit,
+                x_stats_pid=os.getppid(),
+            ),
+        )
+
+    def _logs(self) -> list[Path]:
+        """The local logs of this run, oldest first."""
+        logs = self.folder.glob(f"wandb/*run-*/run-{self.place['id']}.wandb")
+        return sorted(logs, key=lambda log: log.parent.name.removeprefix("offline-"))
+
+    def _unsynced(self) -> list[Path]:
+        return [log for log in self._logs() if not _synced_mark(log).exists()]
+
+    def _last_step(self, log: Path) -> int:
+        core = self.wandb.util.get_core_path()
+        command = [core, "leet", "inspect", "--no-observability", "--json", "--run-file", str(log)]
+        printed = subprocess.run([*command, str(log.parent)], stdout=subprocess.PIPE).stdout
+        records = [json.loads(line) for line in printed.splitlines()]
+        histories = [r["history"]["item"] for r in records if r["type"] == "history"]
+        return max((item["step"] for item in histories), default=-1)
+
+    def _has(self, item: str) -> bool:
+        """Whether something was sent before, to where this session sends."""
+        sent = self.sent.get(item)
+        return sent == "online" or bool(sent) and (self.mode == "offline" or not self._unsynced())
+
+    def rows(self, length: int) -> None:
+        if self._has("finished"):
+            return
+        run = self.connect()
+        with (self.folder / "metrics.jsonl").open("rb") as file:
+            file.seek(self.offset)
+            lines = file.read(max(0, length - self.offset)).splitlines()
+        for line in lines:
+            row = json.loads(line)
+            step = row["step"]
+            grid = self.grids.pop(step, None)
+            if step <= self.held:
+                continue
+            if grid:
+                picture, wrong = compose_grid(*grid), int((grid[1] != grid[2]).sum())
+                caption = f"step {step:,}: {wrong} of {len(grid[1])} wrong"
+                row["validation/predictions"] = self.wandb.Image(picture, caption=caption)
+            run.log(row, step=step, commit=True)
+            self.held = step
+        self.offset = max(self.offset, length)
+
+    def grid(self, step: int, *grid: NDArray[Any]) -> None:
+        self.grids[step] = grid
+
+    def evaluated(self, split: str, folder: Path) -> None:
+        report = json.loads((folder / "report.json").read_text())
+        item = f"{split} {report['time']}"
+        if self._has(item):
+            return
+        run, Image = self.connect(), self.wandb.Image
+        run.summary.update(_figures(split, report))
+        pictures = _pictures(Path(report["data"]["images"]))
+        shown: dict[str, Any] = {"step": self.held}
+        if report["confusion_matrix"]:
+            confusion = np.array(report["confusion_matrix"])
+            shown[f"{split}/confusion_matrix"] = Image(compose_confusion(confusion))
+        if report["mistakes"] and pictures is not None:
+            mistakes = report["mistakes"]
+            columns = ("label", "prediction", "confidence")
+            values = [np.array([mistake[key] for mistake in mistakes]) for key in columns]
+            images = pictures[[mistake["index"] for mistake in mistakes]]
+            caption = f"the {len(mistakes)} most confident mistakes"
+            shown[f"{split}/mistakes"] = Image(compose_grid(images, *values), caption=caption)
+        run.log(shown)
+        artifact = self.wandb.Artifact(f"{split}-{self.place['id']}", type="evaluation")
+        for name in ("report.json", "predictions.csv"):
+            artifact.add_file(str(folder / name))
+        run.log_artifact(artifact)
+        table = self._table(folder / "predictions.csv", pictures)
+        run.log({"step": self.held, f"{split}/predictions": table})
+        self.items.append(item)
+
+    def _table(self, predictions: Path, pictures: NDArray[np.uint8] | None) -> "wandb.Table":
+        """The most confident mistakes first, then the least confident of the others."""
+        from PIL import Image
+
+        def order(row: dict[str, str]) -> tuple[bool, float]:
+            wrong = bool(row["label"]) and row["label"] != row["prediction"]
+            confidence = float(row["confidence"])
+            return not wrong, -confidence if wrong else confidence
+
+        with predictions.open(newline="", errors="surrogateescape") as file:
+            rows = heapq.nsmallest(_TABLE_ROWS, csv.DictReader(file), key=order)
+        columns = ["index", "label", "prediction", "confidence"]
+        table = self.wandb.Table(columns=["image", *columns])
+        for row in rows:
+            image = None
+            if pictures is not None:
+                image = self.wandb.Image(Image.fromarray(255 - pictures[int(row["index"])]))
+            label = int(row["label"]) if row["label"] else None
+            digits = int(row["index"]), label, int(row["prediction"])
+            table.add_data(image, *digits, float(row["confidence"]))
+        return table
+
+    def finished(self) -> None:
+        if self._has("finished"):
+            return
+        run = self.connect()
+        figures = [self.folder / f"figures/{name}.png" for name in ("loss_curves",)]
+        shown = {f"figures/{path.stem}": self.wandb.Image(str(path)) for path in figures}
+        run.log({"step": self.held, **shown})
+        artifact = self.wandb.Artifact(f"model-{self.place['id']}", type="model")
+        artifact.add_file(str(self.folder / "model.safetensors"))
+        run.log_artifact(artifact)
+        self.items.append("finished")
+
+    def close(self) -> None:
+        """Send what is left, and record what W&B now holds."""
+        if self.run is None:
+            offline = [log for log in self._unsynced() if log.parent.name.startswith("offline-")]
+            if offline:
+                self.say(mode="offline", directory=str(offline[-1].parent))
+        else:
+            complete = (self.folder / "model.safetensors").exists()
+            if not complete:
+                self.run.mark_preempting()
+            try:
+                self.run.finish(exit_code=int(not complete))
+            except Exception as error:
+                self.lost.append(_one_line(error))
+            if _SAYS_LOST in (self.folder / "wandb/mirror.log").read_text(errors="replace"):
+                self.lost.append("the server refused it")
+            if not self.lost:
+                self.sent |= dict.fromkeys(self.items, self.mode)
+                self._record()
+                if self.mode == "online":
+                    self._mark_synced()
+        self.say(done=True, warning=self.warning, lost="; ".join(self.lost))
+
+    def _mark_synced(self) -> None:
+        """Keep a later ``wandb sync`` from sending again what the server holds."""
+        if all(mode == "online" for mode in self.sent.values()):
+            for log in self._unsynced():
+                if self._last_step(log) <= self.held:
+                    _synced_mark(log).touch()
+
+
+def _synced_mark(log: Path) -> Path:
+    return log.with_name(f"{log.name}.synced")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _figures(split: str, report: dict[str, Any]) -> dict[str, Any]:
+    """The numbers of a report that go to the run's summary."""
+    named: dict[str, Any] = {"scored": report["scored"]}
+    if report["labelled"]:
+        low, high = report["accuracy_interval_95"]
+        named |= {"accuracy": report["accuracy"], "accuracy_low": low, "accuracy_high": high}
+        named["loss"] = report["cross_entropy"]
+        named["calibration_error"] = report["calibration"]["expected_calibration_error"]
+        if report["without_disputed_labels"]:
+            accuracy = report["without_disputed_labels"]["accuracy"]
+            named["accuracy_without_disputed_labels"] = accuracy
+    return {f"{split}/{name}": value for name, value in named.items()}
+
+
+def _pictures(path: Path) -> NDArray[np.uint8] | None:
+    """The images of an IDX file, n×28×28; None of any other."""
+    if not path.is_file() or path.open("rb").read(4) != b"\0\0\x08\x03":
+        return None
+    return np.memmap(path, np.uint8, "r", 16).reshape(-1, 28, 28)
+
+
+def compose_grid(
+    images: NDArray[np.uint8],
+    labels: NDArray[np.int64],
+    predictions: NDArray[np.int64],
+    confidences: NDArray[Any],
+) -> "Image":
+    """Images with label, prediction and confidence, eight in a row, mistakes framed in red.
+
+    Args:
+        images: n×28×28, 0 to 255.
+        labels: n digits.
+        predictions: n digits.
+        confidences: n probabilities of the predictions, 0 to 1.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    columns, width, height, side = 8, 104, 126, 84
+    size = (columns * width, -(-len(images) // columns) * height)
+    sheet, font = Image.new("RGB", size, "white"), ImageFont.load_default(12)
+    draw = ImageDraw.Draw(sheet)
+    for index, (image, label, prediction, confidence) in enumerate(
+        zip(images, labels, predictions, confidences, strict=True)
+    ):
+        left, top = width * (index % columns) + 10, height * (index // columns) + 5
+        color = "black" if label == prediction else _MISTAKE
+        picture = Image.fromarray(255 - image).resize((side, side), Image.Resampling.NEAREST)
+        sheet.paste(picture, (left, top))
+        if label != prediction:
+            draw.rectangle((left - 2, top - 2, left + side + 1, top + side + 1), None, color, 2)
+        text = f"label {label}\nsays {prediction}, {confidence:.1%}"
+        draw.multiline_text((left, top + side + 2), text, color, font, spacing=1)
+    return sheet
+
+
+def compose_confusion(counts: NDArray[np.int64]) -> "Image":
+    """The confusion matrix: labels down, predictions across, 10×10 counts."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    cell, margin = 46, 46
+    side = margin + 10 * cell
+    sheet, font = Image.new("RGB", (side, side), "white"), ImageFont.load_default(13)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((margin / 2, margin / 2), "label\\says", "#555555", ImageFont.load_default(9), "mm")
+    # Mistakes are a few in a thousand: each kind of cell has a scale of its own.
+    most = {True: counts.diagonal().max(), False: (counts - np.diag(counts.diagonal())).max()}
+    for digit in range(10):
+        middle = margin + (digit + 0.5) * cell
+        draw.text((middle, margin / 2), str(digit), "black", font, "mm")
+        draw.text((margin / 2, middle), str(digit), "black", font, "mm")
+    for (label, prediction), count in np.ndenumerate(counts):
+        right = label == prediction
+        share = 0.6 * count / max(1, most[right])
+        ink = (np.array([69, 123, 157]) if right else np.array([193, 18, 31])) * share
+        fill = tuple((255 * (1 - share) + ink).astype(int).tolist())
+        left, top = margin + prediction * cell, margin + label * cell
+        draw.rectangle((left, top, left + cell, top + cell), fill, "#dddddd")
+        if count:
+            draw.text((left + cell / 2, top + cell / 2), f"{count}", "black", font, "mm")
+    return sheet
+
+
+def _messages(pipe: IO[bytes]) -> Iterable[tuple[Any, ...]]:
+    """What the job's process sends, until it closes the pipe or ends.
+
+    A thread reads it, so that from then on the time is bounded, whatever W&B is waiting for.
+    """
+    inbox: queue.SimpleQueue[tuple[Any, ...] | None] = queue.SimpleQueue()
+
+    def read() -> None:
+        bound = LIMITS.close
+        with contextlib.suppress(EOFError, pickle.UnpicklingError):
+            while True:
+                message = pickle.load(pipe)
+                bound = message[2].close if isinstance(message[2:3], Limits) else bound
+                inbox.put(message)
+        inbox.put(None)
+        timer = threading.Timer(bound, _kill_tree, [os.getpid()])
+        timer.daemon = True
+        timer.start()
+
+    threading.Thread(target=read, daemon=True).start()
+    return iter(inbox.get, None)
+
+
+def _mirror() -> None:
+    for stop in (signal.SIGINT, signal.SIGTERM):  # they are for the job, which then ends this
+        signal.signal(stop, signal.SIG_IGN)
+    os.nice(10)
+    # Nothing of W&B's can ask on this process's input, or be taken for what this process says.
+    messages = _messages(os.fdopen(os.dup(0), "rb"))
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)
+
+    folder, settings, limits = next(iter(messages))
+    home = folder.resolve() / "wandb"
+    for name in ("data", "cache", "artifact"):
+        os.environ[f"WANDB_{name.upper()}_DIR"] = str(home / name)
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    session = _Session(folder, settings, limits, out)
+    for name, *arguments in messages:
+        try:
+            getattr(session, name)(*arguments)
+        except Exception as error:
+            traceback.print_exc()
+            session.lost.append(_one_line(error))
+    session.close()
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        send_again(Path(sys.argv[1]))
+    else:
+        try:
+            _mirror()
+        except Exception:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)  # W&B's own teardown would wait for a server that has gone
