@@ -13,11 +13,13 @@ import json
 import os
 import pickle
 import queue
+import secrets
 import shlex
 import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -55,8 +57,8 @@ class WandbSettings:
 class Limits:
     """Seconds that W&B may take; a job is delayed by ``close`` at most."""
 
-    init: float = 8.0  # W&B takes 5.4 s more before it gives up
-    finish: float = 8.0
+    init: float = 10.0  # W&B takes 5.4 s more before it gives up
+    finish: float = 20.0
     close: float = 30.0
     flush: float = 2.0  # between writes to the local log
     transmit: float = 15.0  # between messages to the server
@@ -185,11 +187,10 @@ class Mirror(NoMirror):
         done: bool = False,
     ) -> None:
         """Print the end lines; see ``_Session`` for what it has said."""
-        program = os.path.relpath(Path(sys.executable).with_name("wandb"))
-        sync = shlex.join([program, "sync", str(self._folder / "wandb")])
-        if not exact or mode == "online" or not mode:
-            # wandb sync would add what the server has got already once more.
-            python = os.path.relpath(sys.executable)
+        python = min(sys.executable, os.path.relpath(sys.executable), key=len)
+        program, home = str(Path(python).with_name("wandb")), self._folder / "wandb"
+        sync = shlex.join([program, "sync", str(home)])
+        if lost or not exact:  # wandb sync would add what the server has got already once more
             sync = shlex.join([python, "-m", "mnist.mirror", str(self._folder)])
         if lost:
             print(f"warning: W&B has not got everything: {lost}; send it: {sync}", file=sys.stderr)
@@ -198,7 +199,7 @@ class Mirror(NoMirror):
         if mode == "online":
             print(f"wandb       {url}", flush=True)
         elif mode == "offline":
-            view = shlex.join([program, "leet", "run", os.path.relpath(directory)])
+            view = shlex.join([program, "leet", "run", str(home / directory)])
             print(f"wandb       offline; send it: {sync}\n{'':12}view it: {view}", flush=True)
 
 
@@ -254,7 +255,7 @@ class _Session:
         place["project"] = place["project"] or "mnist-ocr"
         same = all(recorded.get(key) == value for key, value in place.items())
         self.sent: dict[str, str] = recorded.get("sent", {}) if same else {}
-        self.place = {"id": recorded.get("id") or wandb.util.generate_id(), **place}
+        self.place = {"id": recorded.get("id") or secrets.token_hex(4), **place}
         self._record()
 
         self.settings = settings
@@ -295,8 +296,7 @@ class _Session:
         """
         if self.run is not None:
             return self.run
-        logs = self._unsynced()
-        local = {log: self._last_step(log) for log in self._logs()}
+        logs = self._logs()
         if self.mode == "online":
             try:
                 self.run = self._init("online")
@@ -306,11 +306,11 @@ class _Session:
                 self.wandb.teardown()
         if self.run is None:
             self.run = self._init("offline")
-            self.held = max(local.values(), default=-1)
-        # Whether the server got what was sent online and never confirmed is not known offline.
-        exact = all(log.parent.name.startswith("offline-") for log in logs)
-        directory = str(Path(self.run.dir).parent)
-        self.say(mode=self.mode, directory=directory, url=self.run.url, exact=exact)
+            self.held = max(map(self._last_step, logs), default=-1)
+        # How much arrived of what was sent online and never confirmed is not known offline.
+        exact = all(_is_offline(log) or _synced_mark(log).exists() for log in logs)
+        url = self.run.url if self.mode == "online" else None
+        self.say(mode=self.mode, directory=Path(self.run.dir).parent.name, url=url, exact=exact)
         for axis in ("step", "images", "epoch", "seconds"):
             self.run.define_metric(axis, hidden=True)
         self.run.define_metric("*", step_metric="step")
@@ -320,7 +320,9 @@ class _Session:
         config = yaml.safe_load((self.folder / "config.yaml").read_text())
         config["environment"] = json.loads((self.folder / "environment.json").read_text())
         return self.wandb.init(
-            **self.place,
+            id=self.place["id"],
+            project=self.place["project"],
+            entity=self.place["entity"],
             name=os.getenv("WANDB_NAME") or self.folder.resolve().name,
             group=self.settings.group,
             tags=self.settings.tags or None,
@@ -362,7 +364,7 @@ class _Session:
     def _has(self, item: str) -> bool:
         """Whether something was sent before, to where this session sends."""
         sent = self.sent.get(item)
-        return sent == "online" or bool(sent) and (self.mode == "offline" or not self._unsynced())
+        return sent == "online" or (bool(sent) and (self.mode == "offline" or not self._unsynced()))
 
     def rows(self, length: int) -> None:
         if self._has("finished"):
@@ -396,10 +398,11 @@ class _Session:
         run, Image = self.connect(), self.wandb.Image
         run.summary.update(_figures(split, report))
         pictures = _pictures(Path(report["data"]["images"]))
-        shown: dict[str, Any] = {"step": self.held}
+        shown: dict[str, Any] = {}
         if report["confusion_matrix"]:
             confusion = np.array(report["confusion_matrix"])
-            shown[f"{split}/confusion_matrix"] = Image(compose_confusion(confusion))
+            picture, caption = compose_confusion(confusion), "labels down, predictions across"
+            shown[f"{split}/confusion_matrix"] = Image(picture, caption=caption)
         if report["mistakes"] and pictures is not None:
             mistakes = report["mistakes"]
             columns = ("label", "prediction", "confidence")
@@ -407,13 +410,13 @@ class _Session:
             images = pictures[[mistake["index"] for mistake in mistakes]]
             caption = f"the {len(mistakes)} most confident mistakes"
             shown[f"{split}/mistakes"] = Image(compose_grid(images, *values), caption=caption)
-        run.log(shown)
+        self._log_last(shown)
         artifact = self.wandb.Artifact(f"{split}-{self.place['id']}", type="evaluation")
         for name in ("report.json", "predictions.csv"):
             artifact.add_file(str(folder / name))
         run.log_artifact(artifact)
         table = self._table(folder / "predictions.csv", pictures)
-        run.log({"step": self.held, f"{split}/predictions": table})
+        self._log_last({f"{split}/predictions": table})
         self.items.append(item)
 
     def _table(self, predictions: Path, pictures: NDArray[np.uint8] | None) -> "wandb.Table":
@@ -438,13 +441,21 @@ class _Session:
             table.add_data(image, *digits, float(row["confidence"]))
         return table
 
+    def _log_last(self, shown: dict[str, Any]) -> None:
+        """Show something at the last row's step, apart from the rows."""
+        last = (self.folder / "metrics.jsonl").read_bytes().splitlines()[-1]
+        self.connect().log({"step": json.loads(last)["step"], **shown})
+
     def finished(self) -> None:
         if self._has("finished"):
             return
         run = self.connect()
-        figures = [self.folder / f"figures/{name}.png" for name in ("loss_curves",)]
-        shown = {f"figures/{path.stem}": self.wandb.Image(str(path)) for path in figures}
-        run.log({"step": self.held, **shown})
+        figure = self.folder / "figures/loss_curves.png"  # drawn by another process
+        until = time.monotonic() + self.limits.figures
+        while not figure.exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        if figure.exists():
+            self._log_last({"figures/loss_curves": self.wandb.Image(str(figure))})
         artifact = self.wandb.Artifact(f"model-{self.place['id']}", type="model")
         artifact.add_file(str(self.folder / "model.safetensors"))
         run.log_artifact(artifact)
@@ -453,9 +464,9 @@ class _Session:
     def close(self) -> None:
         """Send what is left, and record what W&B now holds."""
         if self.run is None:
-            offline = [log for log in self._unsynced() if log.parent.name.startswith("offline-")]
+            offline = list(filter(_is_offline, self._unsynced()))
             if offline:
-                self.say(mode="offline", directory=str(offline[-1].parent))
+                self.say(mode="offline", directory=offline[-1].parent.name)
         else:
             complete = (self.folder / "model.safetensors").exists()
             if not complete:
@@ -479,6 +490,10 @@ class _Session:
             for log in self._unsynced():
                 if self._last_step(log) <= self.held:
                     _synced_mark(log).touch()
+
+
+def _is_offline(log: Path) -> bool:
+    return log.parent.name.startswith("offline-")
 
 
 def _synced_mark(log: Path) -> Path:
@@ -549,10 +564,9 @@ def compose_confusion(counts: NDArray[np.int64]) -> "Image":
     from PIL import Image, ImageDraw, ImageFont
 
     cell, margin = 46, 46
-    side = margin + 10 * cell
+    side = margin + 10 * cell + 1
     sheet, font = Image.new("RGB", (side, side), "white"), ImageFont.load_default(13)
     draw = ImageDraw.Draw(sheet)
-    draw.text((margin / 2, margin / 2), "label\\says", "#555555", ImageFont.load_default(9), "mm")
     # Mistakes are a few in a thousand: each kind of cell has a scale of its own.
     most = {True: counts.diagonal().max(), False: (counts - np.diag(counts.diagonal())).max()}
     for digit in range(10):
@@ -579,16 +593,13 @@ def _messages(pipe: IO[bytes]) -> Iterable[tuple[Any, ...]]:
     inbox: queue.SimpleQueue[tuple[Any, ...] | None] = queue.SimpleQueue()
 
     def read() -> None:
-        bound = LIMITS.close
         with contextlib.suppress(EOFError, pickle.UnpicklingError):
             while True:
                 message = pickle.load(pipe)
-                bound = message[2].close if isinstance(message[2:3], Limits) else bound
                 inbox.put(message)
         inbox.put(None)
-        timer = threading.Timer(bound, _kill_tree, [os.getpid()])
-        timer.daemon = True
-        timer.start()
+        time.sleep(LIMITS.close)
+        _kill_tree(os.getpid())
 
     threading.Thread(target=read, daemon=True).start()
     return iter(inbox.get, None)
@@ -619,13 +630,21 @@ def _mirror() -> None:
     session.close()
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """With a run's folder, send what W&B does not hold of it; else be the mirror of a job."""
     if len(sys.argv) > 1:
         send_again(Path(sys.argv[1]))
-    else:
-        try:
-            _mirror()
-        except Exception:
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)  # W&B's own teardown would wait for a server that has gone
+        return
+    try:
+        _mirror()
+    except Exception:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)  # W&B's own teardown would wait for a server that has gone
+
+
+if __name__ == "__main__":
+    # As part of the package, so that what arrives and what it is compared with are of one class.
+    from mnist.mirror import main as main_of_package
+
+    main_of_package()

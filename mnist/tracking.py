@@ -25,16 +25,18 @@ class Tracker:
     """
 
     def __init__(self, path: Path, epochs: int, steps: int, step: int = 0, kept: int = 0) -> None:
-        self._file = path.open("ab")
-        if self._file.tell() < kept:
+        self._file = path.open("a+b")
+        self._file.seek(0)
+        before = self._file.read(kept)
+        if len(before) < kept:
             print(f"warning: {path} has lost rows", file=sys.stderr, flush=True)
-        else:
-            self._file.truncate(kept)
+            before = before[: before.rfind(b"\n") + 1]
+        self._file.truncate(len(before))
         self._epochs = epochs
         self._images = 0
         self._epoch = _nothing()
-        for row in read_metrics(path) if kept else []:
-            self._count(row)
+        for line in before.splitlines():
+            self._count(json.loads(line))
         terminal = sys.stderr.isatty()
         self._bar = tqdm(total=steps, initial=step, unit="step", disable=not terminal, leave=False)
 

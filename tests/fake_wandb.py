@@ -140,7 +140,7 @@ class FakeWandb(ThreadingHTTPServer):
             return {"createArtifact": {"artifact": created | _CREATED_ARTIFACT}}
         if operation == "CreateArtifactManifest":
             held = self.runs[v["runName"]].artifacts
-            name = next(reversed(held))
+            name = v["artifactID"].split("/", 1)[1]
             file = {"id": "f", "uploadUrl": None, "uploadHeaders": []}
             if v["includeUpload"]:
                 file["uploadUrl"] = self.address(held[name]["manifest"], v["name"])

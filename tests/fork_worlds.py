@@ -1,7 +1,8 @@
 """Runs jobs in worlds of several processes, forked from one that has imported torch: 1 s, not 8,
 each.
 
-Reads a JSON list of [world size, "train", options], where the run ends with its final model, or
+Reads a JSON list of [world size, "train", options], where the run ends with its final model,
+[world size, "interrupt", options], where rank 1 is asked to stop at step 100, or
 [world size, "evaluate", [options of one evaluation, …]].
 """
 
@@ -25,6 +26,18 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+class AtStep100(StopRequest):
+    """A request that rank 1 alone gets."""
+
+    def __init__(self, rank: int) -> None:
+        self.left = 100 if rank == 1 else 10**9
+
+    @property
+    def requested(self) -> bool:
+        self.left -= 1
+        return self.left <= 0
+
+
 def work(job: str, options: list) -> None:
     if job == "evaluate":
         for one in options:
@@ -33,6 +46,8 @@ def work(job: str, options: list) -> None:
     config = parse_train_config(options)
     world = connect(config)
     with StopRequest() as stop, ExitStack() as stack:
+        if job == "interrupt":
+            stop = AtStep100(world.rank)
         start = world.from_main(lambda: open_run_folder(config, world, stack))
         model = fit(config, world, start, stop)
         if world.is_main:
@@ -54,6 +69,8 @@ def fork(rank: int, size: int, port: int, job: str, options: list) -> int:
     code = 0
     try:
         work(job, options)
+    except SystemExit as stopped:
+        code = 0 if (job, stopped.code) == ("interrupt", 75) else 1
     except BaseException:
         traceback.print_exc()
         code = 1

@@ -81,9 +81,9 @@ def kill(launcher: subprocess.Popen, folder: Path, how: str, chance: random.Rand
         while begun(folder) == before and launcher.poll() is None:
             time.sleep(0.01)
     time.sleep(chance.uniform(0, 2))
-    everyone, workers = tree(psutil.Process(launcher.pid))
-    if launcher.poll() is not None:
+    if launcher.poll() is not None:  # reaps it: until then its process can be looked at
         return False
+    everyone, workers = tree(psutil.Process(launcher.pid))
     victims = {"launcher": everyone[:1], "worker": workers and [chance.choice(workers)]}
     for victim in victims.get(how, everyone) or everyone:
         with contextlib.suppress(psutil.NoSuchProcess):

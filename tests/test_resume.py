@@ -1,0 +1,493 @@
+"""Runs that are interrupted, killed, started twice, or whose files are damaged."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import stress
+import torch
+from safetensors.torch import load_file
+
+from mnist.config import InputError, TrainConfig
+from mnist.distributed import World
+from mnist.model import load_model
+from mnist.system import StopRequest
+from mnist.training import fit, open_run_folder
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+JOB = str(ROOT / "jobs/train.py")
+# 3,000 images in 60 steps an epoch; 40 epochs take 5 to 10 s.
+OPTIONS = (
+    "--validation-size 57000 --batch-size 50 --hidden-sizes 256 128 64 32 --threads 1 "
+    "--log-every 7 --evaluate none --precision fp32"
+).split()
+LONG = ["--epochs", "40"]
+WORLD = World(threads=1)
+
+
+def config(folder, data_dir, **settings):
+    defaults = {
+        "validation_size": 59_000,
+        "batch_size": 110,
+        "hidden_sizes": (32, 24, 16, 12),
+        "runs_dir": folder,
+        "data_dir": data_dir,
+        "run_name": "run",
+        "epochs": 4,
+        "log_every": 3,
+        "checkpoint_every": 4,
+        "precision": "fp32",
+    }
+    return TrainConfig(**defaults | settings)
+
+
+class Stop(StopRequest):
+    """Asks to stop at a given step."""
+
+    def __init__(self, step):
+        self.left = step
+
+    @property
+    def requested(self):
+        self.left -= 1
+        return self.left <= 0
+
+
+def train(settings, stop=None, world=WORLD):
+    """The folder of a run that is begun or goes on in this process."""
+    with ExitStack() as stack:
+        start = open_run_folder(settings, world, stack)
+        model = fit(settings, world, start, stop)
+    return np.concatenate([p.detach().numpy().ravel() for p in model.parameters()])
+
+
+def interrupt(settings, step, world=WORLD):
+    with pytest.raises(SystemExit) as stopped:
+        train(settings, Stop(step), world)
+    assert stopped.value.code == 75
+
+
+SETTINGS = {
+    "sgd": {"weight_decay": 1e-3, "nesterov": True},
+    "adamw": {"optimizer": "adamw", "schedule": "triangular", "warmup": 0.3},
+    "bf16": {"precision": "bf16", "hidden_sizes": (512, 64, 32, 16)},
+    "float32 sums": {"exact_sums": False, "label_smoothing": 0.1},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_run_interrupted_anywhere_ends_with_the_same_bits(tmp_path, data_dir, name, capsys):
+    settings = SETTINGS[name]
+    world = World(threads=1, precision=torch.bfloat16) if name == "bf16" else WORLD
+    alone = config(tmp_path / "alone", data_dir, **settings)
+    expected = train(alone, world=world)
+    # 10 steps an epoch: inside one, at a row, at a checkpoint, at an epoch's end, and right after.
+    for step in (1, 6, 8, 10, 11, 39):
+        victim = config(tmp_path / f"{name}-{step}", data_dir, **settings)
+        interrupt(victim, step, world)
+        assert f"interrupted at step {step}: saved" in capsys.readouterr().err
+        assert (train(victim, world=world) == expected).all()
+        assert stress.rows(victim.run_folder) == stress.rows(alone.run_folder)
+    victim = config(tmp_path / "often", data_dir, **settings)
+    for _ in range(13):
+        interrupt(victim, 3, world)
+    assert (train(victim, world=world) == expected).all()
+    assert stress.rows(victim.run_folder) == stress.rows(alone.run_folder)
+
+
+def test_request_at_the_last_step_lets_the_run_complete(tmp_path, data_dir):
+    settings = config(tmp_path, data_dir)
+    train(settings, Stop(40))
+
+
+def test_checkpoints_at_steps_and_epochs_and_the_newest_two_stay(tmp_path, data_dir):
+    settings = config(tmp_path, data_dir, checkpoint_every=7, epochs=2)
+    train(settings)
+    names = sorted(path.name for path in (settings.run_folder / "checkpoints").iterdir())
+    assert len(names) == 2 and names[-1] == "step-000000020"
+    kept = config(
+        tmp_path, data_dir, checkpoint_every=7, epochs=2, keep_checkpoints=9, run_name="k"
+    )
+    for step in range(1, 20):  # slowly: none is skipped
+        interrupt(kept, 1)
+    train(kept)
+    assert len(list((kept.run_folder / "checkpoints").iterdir())) == 9
+    newest = kept.run_folder / "checkpoints" / "step-000000020"
+    state = json.loads((newest / "state.json").read_text())
+    assert state["step"] == state["logged_step"] == 20 and state["precision"] == "fp32"
+    assert state["metrics_bytes"] == (kept.run_folder / "metrics.jsonl").stat().st_size
+    assert state["settings"]["checkpoint_every"] == 7
+
+
+def test_model_of_a_checkpoint_is_a_model_file(tmp_path, data_dir):
+    settings = config(tmp_path, data_dir)
+    expected = train(settings)
+    newest = max((settings.run_folder / "checkpoints").iterdir())
+    found = [
+        p.detach().numpy().ravel() for p in load_model(newest / "model.safetensors").parameters()
+    ]
+    assert (np.concatenate(found) == expected).all()
+
+
+def test_damaged_newest_checkpoint_costs_only_its_steps(tmp_path, data_dir, capsys):
+    alone = config(tmp_path / "alone", data_dir)
+    expected = train(alone)
+    settings = config(tmp_path, data_dir)
+    interrupt(settings, 10)
+    interrupt(settings, 5)
+    checkpoints = settings.run_folder / "checkpoints"
+    (checkpoints / "step-000000015" / "optimizer.safetensors").write_bytes(b"damaged")
+    assert (train(settings) == expected).all()
+    said = capsys.readouterr()
+    assert "step-000000015 is skipped: optimizer.safetensors is damaged" in said.err
+    assert "goes on from step 10" in said.out
+    assert stress.rows(settings.run_folder) == stress.rows(alone.run_folder)
+    # For whoever wants to look into it.
+    assert len(list(checkpoints.glob("damaged-step-000000015-*"))) == 1
+
+
+def test_no_good_checkpoint_is_an_error_that_says_so(tmp_path, data_dir):
+    settings = config(tmp_path, data_dir)
+    interrupt(settings, 5)
+    for file in settings.run_folder.glob("checkpoints/*/model.safetensors"):
+        file.unlink()
+    before = (settings.run_folder / "metrics.jsonl").read_bytes()
+    with pytest.raises(InputError, match=r"none of its . checkpoints is good.*--fresh"):
+        train(settings)
+    assert (settings.run_folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_lost_rows_are_warned_of_and_the_run_goes_on(tmp_path, data_dir, capsys):
+    expected = train(config(tmp_path / "alone", data_dir))
+    settings = config(tmp_path, data_dir)
+    interrupt(settings, 12)
+    (settings.run_folder / "metrics.jsonl").write_text("")
+    assert (train(settings) == expected).all()
+    assert "has lost rows" in capsys.readouterr().err
+
+
+def test_other_world_or_threads_are_warned_of_and_recorded(tmp_path, data_dir, capsys):
+    settings = config(tmp_path, data_dir)
+    interrupt(settings, 12)
+    assert "warning" not in capsys.readouterr().err
+    interrupt(settings, 5, World(threads=2))
+    assert "warning: goes on with threads 2 instead of 1" in capsys.readouterr().err
+    starts = json.loads((settings.run_folder / "environment.json").read_text())["starts"]
+    assert [(one["step"], one["threads"]) for one in starts] == [(0, 1), (12, 2)]
+
+
+def test_precision_stays_that_of_the_first_start(tmp_path, data_dir):
+    half = World(threads=1, precision=torch.bfloat16)
+    settings = config(tmp_path, data_dir, precision="auto", hidden_sizes=(512, 64, 32, 16))
+    expected = train(
+        config(tmp_path / "alone", data_dir, precision="auto", hidden_sizes=(512, 64, 32, 16)),
+        world=half,
+    )
+    interrupt(settings, 12, half)
+    assert (train(settings, world=WORLD) == expected).all()
+
+
+def test_fresh_keeps_the_old_folder_aside(tmp_path, data_dir, monkeypatch, capsys):
+    settings = config(tmp_path, data_dir)
+    interrupt(settings, 12)
+    fresh = config(tmp_path, data_dir, fresh=True, seed=1)
+    interrupt(fresh, 7)
+    assert "is kept as" in capsys.readouterr().out
+    interrupt(config(tmp_path, data_dir, fresh=True), 3)
+    assert {p.name for p in tmp_path.iterdir() if p.is_dir()} == {"run", "run.1", "run.2"}
+    assert (tmp_path / "run.1" / "checkpoints" / "step-000000012").exists()
+    assert (tmp_path / "run.2" / "checkpoints" / "step-000000007").exists()
+    # The same command again, by a launcher's restart: it goes on.
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    interrupt(config(tmp_path, data_dir, fresh=True), 2)
+    assert "goes on from step 3" in capsys.readouterr().out
+    assert not (tmp_path / "run.3").exists()
+
+
+def test_fresh_leaves_a_foreign_folder_alone(tmp_path, data_dir):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match="is not a run folder"):
+        train(config(tmp_path, data_dir, fresh=True))
+    assert (tmp_path / "run" / "thesis.txt").exists()
+
+
+# ------------------------------------------------------------------------------ real processes
+
+
+@contextmanager
+def started(words, cwd, **environment):
+    """A process, and at the end nobody of its tree."""
+    clean = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "RANK")}
+    process = subprocess.Popen(
+        [str(word) for word in words],
+        cwd=cwd,
+        env=clean | {"HF_HOME": str(cwd)} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        everyone, _ = (
+            stress.tree(psutil.Process(process.pid)) if process.poll() is None else ([], [])
+        )
+        for one in everyone:
+            if one.is_running():
+                one.kill()
+        process.wait()
+
+
+def wait_for_training(folder, process, since=0):
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        rows = folder / "metrics.jsonl"
+        if rows.exists() and rows.stat().st_size > since:
+            return
+        time.sleep(0.02)
+    raise AssertionError(process.communicate()[1])
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, data_dir):
+    """A run that nobody interrupted."""
+    folder = tmp_path_factory.mktemp("alone")
+    words = [sys.executable, JOB, *OPTIONS, *LONG, "--run-name", "run", "--data-dir", data_dir]
+    subprocess.run(list(map(str, words)), cwd=folder, check=True, capture_output=True)
+    return folder / "runs" / "run"
+
+
+LINES = {
+    "job": [sys.executable, JOB],
+    "scripts/train": [ROOT / "scripts/train"],
+    "scripts/train of two": [ROOT / "scripts/train", "--processes", "2"],
+}
+
+
+@pytest.mark.parametrize(
+    ("line", "number"),
+    [
+        ("job", signal.SIGUSR1),
+        ("scripts/train", signal.SIGTERM),
+        ("scripts/train", signal.SIGINT),
+        ("scripts/train of two", signal.SIGTERM),
+        ("scripts/train of two", signal.SIGINT),
+        ("scripts/train of two", signal.SIGUSR1),
+    ],
+)
+def test_signal_saves_ends_with_75_and_the_same_command_goes_on(
+    tmp_path, data_dir, alone, line, number
+):
+    folder = tmp_path / "runs" / "run"
+    words = [*LINES[line], *OPTIONS, *LONG, "--run-name", "run", "--data-dir", data_dir]
+    with started(words, tmp_path) as process:
+        wait_for_training(folder, process)
+        everyone, _ = stress.tree(psutil.Process(process.pid))
+        process.send_signal(number)
+        time.sleep(0.1)
+        process.send_signal(number)  # the same request
+        began = time.monotonic()
+        _, said = process.communicate(timeout=60)
+        assert time.monotonic() - began < 10
+    assert process.returncode == 75, said
+    (line_,) = [text for text in said.splitlines() if "interrupted" in text]
+    assert ": saved" in line_ and "Traceback" not in said
+    assert psutil.wait_procs(everyone, timeout=5)[1] == []
+    with started(words, tmp_path) as process:
+        out, said = process.communicate(timeout=100)
+    assert process.returncode == 0, said
+    assert "goes on from step" in out
+    if "two" in line:
+        one, other = (load_file(f / "model.safetensors") for f in (alone, folder))
+        for name, weights in one.items():
+            assert (weights - other[name]).abs().max() < 1e-4 * weights.abs().max()
+    else:
+        stress.compare(folder, alone)
+
+
+def test_a_worker_killed_ends_the_others_and_restarts_go_on(tmp_path, data_dir, alone):
+    folder = tmp_path / "runs" / "run"
+    options = [
+        *OPTIONS,
+        *LONG,
+        "--run-name",
+        "run",
+        "--data-dir",
+        data_dir,
+        "--checkpoint-every",
+        "9",
+    ]
+    with started([ROOT / "scripts/train", "--processes", "2", *options], tmp_path) as process:
+        wait_for_training(folder, process)
+        everyone, workers = stress.tree(psutil.Process(process.pid))
+        assert len(workers) == 2
+        workers[1].kill()
+        _, said = process.communicate(timeout=60)
+    assert process.returncode not in (0, 75)
+    assert "another process is gone" in said or "SIGTERM" in said
+    assert psutil.wait_procs(everyone, timeout=5)[1] == []
+
+    launcher = (
+        "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --max_restarts 2"
+    )
+    words = [BIN / "accelerate", "launch", *launcher.split(), "--dynamo_backend", "no"]
+    words += ["--main_process_port", "0", JOB, "--expect-world-size", "2", *options]
+    size = (folder / "metrics.jsonl").stat().st_size
+    with started(words, tmp_path) as process:
+        wait_for_training(folder, process, size + 500)
+        stress.tree(psutil.Process(process.pid))[1][0].kill()
+        out, said = process.communicate(timeout=110)
+    assert process.returncode == 0, said
+    assert out.count("goes on from step") >= 2
+    one, other = (load_file(f / "model.safetensors") for f in (alone, folder))
+    for name, weights in one.items():
+        assert (weights - other[name]).abs().max() < 1e-4 * weights.abs().max()
+    assert stress.rows(folder)[-1]["step"] == 40 * 60
+
+
+def test_world_may_change_in_the_middle(tmp_path, data_dir):
+    runs = tmp_path / "runs"
+    common = (
+        f"--runs-dir {runs} --data-dir {data_dir} --precision fp32 --threads 1 --batch-size 64 "
+    )
+    common += "--validation-size 47200 --log-every 50 --hidden-sizes 64 48 32 16 --epochs 1"
+    jobs = [[1, "train", f"{common} --run-name alone".split()]]
+    for other in (1, 3):
+        changing = f"{common} --run-name to{other} --checkpoint-every 40".split()
+        jobs += [[2, "interrupt", changing], [other, "train", changing]]
+    subprocess.run(
+        [sys.executable, Path(__file__).with_name("fork_worlds.py")],
+        input=json.dumps(jobs),
+        text=True,
+        check=True,
+        timeout=100,
+    )
+    one = load_file(runs / "alone" / "model.safetensors")
+    for other in (1, 3):
+        changed = load_file(runs / f"to{other}" / "model.safetensors")
+        for name, weights in one.items():
+            assert (weights - changed[name]).abs().max() <= 1e-4 * weights.abs().max()
+        starts = json.loads((runs / f"to{other}" / "environment.json").read_text())["starts"]
+        assert [(s["step"], s["world_size"]) for s in starts] == [(0, 2), (100, other)]
+
+
+def test_two_starts_at_once_and_no_stale_lock(tmp_path, data_dir):
+    folder = tmp_path / "runs" / "run"
+    words = [sys.executable, JOB, *OPTIONS, "--epochs", "4000", "--run-name", "run"]
+    words += ["--data-dir", data_dir]
+    with started(words, tmp_path) as first:
+        wait_for_training(folder, first)
+        second = subprocess.run(
+            list(map(str, words)), cwd=tmp_path, capture_output=True, text=True, timeout=60
+        )
+        assert second.returncode == 2
+        (line,) = second.stderr.splitlines()
+        assert "runs/run is in use by another process" in line
+        assert first.poll() is None
+        first.kill()
+        first.wait()
+    with started(words, tmp_path) as third:  # at once: the lock has gone with its holder
+        wait_for_training(folder, third, (folder / "metrics.jsonl").stat().st_size)
+
+
+SIGNALLED = """
+import sys, time
+from mnist.system import StopRequest
+with StopRequest() as stop:
+    print("ready", flush=True)
+    for _ in range(1000):
+        time.sleep(0.01)
+        if stop.requested and sys.argv[1] == "obey":
+            sys.exit(75)
+"""
+
+
+def test_signals_within_five_seconds_are_one_request_and_a_later_one_ends_at_once(tmp_path):
+    words = [sys.executable, "-c", SIGNALLED]
+    with started([*words, "obey"], tmp_path) as process:
+        process.stdout.readline()
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(2) == 75
+    with started([*words, "hang"], tmp_path) as process:
+        process.stdout.readline()
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            process.send_signal(number)
+            time.sleep(0.5)
+        assert process.poll() is None
+        time.sleep(4)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(2) == 128 + signal.SIGTERM
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path, data_dir):
+    # Room for two checkpoints of 0.43 MB, not for a third before the first is removed.
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    job = (
+        f"{sys.executable} {JOB} --validation-size 59000 --batch-size 200 --threads 1 "
+        "--hidden-sizes 64 48 32 16 --run-name run --evaluate none --precision fp32 "
+        f"--data-dir {data_dir}"
+    )
+    script = tmp_path / "script.sh"
+    script.write_text(
+        f"mount -t tmpfs -o size=1200k none {runs} || exit 77\n"
+        f"{job} --epochs 3 --keep-checkpoints 3\n"
+        "code=$?\n"
+        f"ls {runs}/run/checkpoints > before; {job} --epochs 3 || exit 1\n"
+        "exit $code\n"
+    )
+    done = subprocess.run(
+        ["unshare", "--mount", "bash", script],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    if done.returncode == 77:
+        pytest.skip("may not mount here")
+    print(done.stdout, done.stderr)
+    assert "no checkpoint of step" in done.stderr and "No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("world", [1, 2])
+def test_runs_killed_at_random_end_as_if_nothing_had_happened(tmp_path, data_dir, world):
+    # The short form of tests/stress.py: the launcher, a worker, the whole tree.
+    assert stress.stress(tmp_path, data_dir, world, kills=3, seed=world) >= 1
+
+
+# ------------------------------------------------------------------------------- golden losses
+
+
+def test_first_losses_are_those_that_were_recorded(tmp_path, data_dir):
+    # Of a float32 run on one thread; machines differ in the last bits, which 20 steps keep below
+    # 1e-5. A change beyond that means that an upgrade changes the numbers: find out which, then
+    # write the new file by hand.
+    settings = config(tmp_path, data_dir, epochs=2, log_every=1)
+    train(settings)
+    found = [row["train/loss"] for row in stress.rows(settings.run_folder)]
+    recorded = [float(text) for text in (ROOT / "tests/golden_losses.txt").read_text().split()]
+    assert found == pytest.approx(recorded, rel=1e-5)
+    assert len(recorded) == 20
+
+
+def test_saving_leaves_nothing_behind_of_itself(tmp_path, data_dir):
+    settings = config(tmp_path, data_dir)
+    half = settings.run_folder / "checkpoints" / ".step-000000099.1"
+    interrupt(settings, 5)
+    half.mkdir()
+    (half / "model.safetensors").write_text("half")
+    train(settings)
+    assert not half.exists()
