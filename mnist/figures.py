@@ -63,16 +63,23 @@ class Painter:
             print("warning: figures could not be drawn, see above; all else is", file=sys.stderr)
 
 
-def _draw_what_arrives() -> None:
+def _draw_what_arrives() -> bool:
+    """Returns whether a figure could not be written."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the job, which then ends this
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # of a home that is not writable
     figure = _new_figure(1, 1)
     figure.text(0, 0, "loads the fonts")
     figure.savefig(io.BytesIO())
+    failed = False
     with contextlib.suppress(EOFError):
         while True:
             function, arguments = pickle.load(sys.stdin.buffer)
-            globals()[function](*arguments)
+            try:
+                globals()[function](*arguments)
+            except OSError as error:
+                print(f"{arguments[-1]}: {error.strerror}", file=sys.stderr, flush=True)
+                failed = True
+    return failed
 
 
 def _new_figure(width: float, height: float) -> "Figure":
@@ -177,6 +184,6 @@ def draw_predictions(
 
 
 if __name__ == "__main__":
-    _draw_what_arrives()
+    code = int(_draw_what_arrives())
     atexit._run_exitfuncs()  # Matplotlib's, which remove its temporary folder
-    os._exit(0)  # the rest of the teardown is 0.1 s that the job would wait for
+    os._exit(code)  # the rest of the teardown is 0.1 s that the job would wait for

@@ -34,8 +34,9 @@ from numpy.typing import NDArray
 from mnist.system import write_file
 
 if TYPE_CHECKING:
-    import wandb
     from PIL.Image import Image
+
+    import wandb
 
 _TABLE_ROWS = 200
 _MISTAKE = "#c1121f"
@@ -275,7 +276,14 @@ class _Session:
 
     def say(self, **facts: Any) -> None:
         """Tell the job's process; see ``Mirror._tell``."""
-        print(json.dumps(facts), file=self.out, flush=True)
+        with contextlib.suppress(BrokenPipeError):  # that process may have ended
+            print(json.dumps(facts), file=self.out, flush=True)
+
+    def _say_where(self, directory: Path, url: str | None = None) -> None:
+        # How much arrived of what was sent online and never confirmed is not known offline.
+        unsure = [log for log in self._unsynced() if not _is_offline(log)]
+        exact = all(self._last_step(log) < 0 for log in unsure)
+        self.say(mode=self.mode, directory=directory.name, url=url, exact=exact)
 
     def _choose_mode(self, wanted: str) -> str:
         found = os.environ.pop("WANDB_MODE", None)
@@ -297,6 +305,9 @@ class _Session:
         if self.run is not None:
             return self.run
         logs = self._logs()
+        for log in self._unsynced():
+            if not self._records(log):  # killed before it wrote: wandb sync fails over it
+                _synced_mark(log).touch()
         if self.mode == "online":
             try:
                 self.run = self._init("online")
@@ -307,10 +318,9 @@ class _Session:
         if self.run is None:
             self.run = self._init("offline")
             self.held = max(map(self._last_step, logs), default=-1)
-        # How much arrived of what was sent online and never confirmed is not known offline.
-        exact = all(_is_offline(log) or _synced_mark(log).exists() for log in logs)
+            self.run.summary.update(self._summary(logs))
         url = self.run.url if self.mode == "online" else None
-        self.say(mode=self.mode, directory=Path(self.run.dir).parent.name, url=url, exact=exact)
+        self._say_where(Path(self.run.dir).parent, url)
         for axis in ("step", "images", "epoch", "seconds"):
             self.run.define_metric(axis, hidden=True)
         self.run.define_metric("*", step_metric="step")
@@ -353,13 +363,27 @@ class _Session:
     def _unsynced(self) -> list[Path]:
         return [log for log in self._logs() if not _synced_mark(log).exists()]
 
-    def _last_step(self, log: Path) -> int:
+    def _records(self, log: Path) -> list[dict[str, Any]]:
         core = self.wandb.util.get_core_path()
         command = [core, "leet", "inspect", "--no-observability", "--json", "--run-file", str(log)]
         printed = subprocess.run([*command, str(log.parent)], stdout=subprocess.PIPE).stdout
-        records = [json.loads(line) for line in printed.splitlines()]
-        histories = [r["history"]["item"] for r in records if r["type"] == "history"]
+        return [json.loads(line) for line in printed.splitlines()]
+
+    def _last_step(self, log: Path) -> int:
+        histories = [r["history"]["item"] for r in self._records(log) if r["type"] == "history"]
         return max((item["step"] for item in histories), default=-1)
+
+    def _summary(self, logs: list[Path]) -> dict[str, Any]:
+        """What earlier sessions summed up: wandb sync keeps the summary of the last one alone."""
+        summary: dict[str, Any] = {}
+        for record in (record for log in logs for record in self._records(log)):
+            for key, value in record.get("summary", {}).get("update", {}).items():
+                outer, _, inner = key.partition(".")  # {"a": {"b": 1}} is printed as {"a.b": 1}
+                if inner and outer[0] != "_":
+                    summary.setdefault(outer, {})[inner] = value
+                elif outer[0] != "_":
+                    summary[outer] = value
+        return summary
 
     def _has(self, item: str) -> bool:
         """Whether something was sent before, to where this session sends."""
@@ -466,7 +490,8 @@ class _Session:
         if self.run is None:
             offline = list(filter(_is_offline, self._unsynced()))
             if offline:
-                self.say(mode="offline", directory=offline[-1].parent.name)
+                self.mode = "offline"
+                self._say_where(offline[-1].parent)
         else:
             complete = (self.folder / "model.safetensors").exists()
             if not complete:
@@ -619,7 +644,7 @@ def _mirror() -> None:
     home = folder.resolve() / "wandb"
     for name in ("data", "cache", "artifact"):
         os.environ[f"WANDB_{name.upper()}_DIR"] = str(home / name)
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    os.environ |= {"WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false"}
     session = _Session(folder, settings, limits, out)
     for name, *arguments in messages:
         try:

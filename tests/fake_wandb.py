@@ -53,6 +53,7 @@ class FakeWandb(ThreadingHTTPServer):
         self.fail_with: int | None = None  # answer everything with this code
         self.hang_on: str | None = None  # never answer requests of which this is a part
         self.die_on: str | None = None  # at such a request, stop answering anything
+        self.break_on: str | None = None  # at such a request, begin to answer all with 500
         self.uploads: dict[str, tuple[dict[str, bytes], str]] = {}
         self.lock = threading.RLock()
         super().__init__(("127.0.0.1", port), _Handler)
@@ -218,8 +219,13 @@ class _Handler(BaseHTTPRequestHandler):
             fake.operations.append(name)
         if fake.die_on and fake.die_on in name:
             fake.hang_on = ""
-        while fake.hang_on is not None and fake.hang_on in name:
-            time.sleep(0.1)
+        if fake.break_on and fake.break_on in name:
+            fake.fail_with = 500
+        if fake.hang_on is not None and fake.hang_on in name:
+            while fake.hang_on is not None:
+                time.sleep(0.1)
+            self.close_connection = True  # it never came to the knowledge of the server
+            return None
         if fake.fail_with:
             return self._reply(fake.fail_with, {"error": "injected"})
         with fake.lock:
