@@ -62,7 +62,7 @@ class Limits:
     finish: float = 20.0
     close: float = 30.0
     flush: float = 2.0  # between writes to the local log
-    transmit: float = 15.0  # between messages to the server
+    transmit: float = 5.0  # between messages to the server
     figures: float = 5.0  # wait for the figures that another process draws
 
 

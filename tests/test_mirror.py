@@ -38,7 +38,7 @@ def limits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Limits:
             monkeypatch.delenv(name)
     (tmp_path / "home").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    short = Limits(init=1, finish=3, close=15, flush=0.2, transmit=0.2, figures=0.2)
+    short = Limits(init=1, finish=3, close=15, flush=0.2, transmit=1, figures=0.2)
     monkeypatch.setattr(mirror, "LIMITS", short)
     return short
 
