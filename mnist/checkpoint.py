@@ -113,15 +113,23 @@ class Saver:
         self.newest: int | None = None
         """The step of the newest one that is safe on the disk, of those written here."""
         self._folder, self._keep = folder, keep
-        self._waiting: deque[tuple[int, Contents]] = deque(maxlen=1)
+        self._waiting: deque[tuple[int, Contents, Callable[[], None]]] = deque(maxlen=1)
         self._thread = ThreadPoolExecutor(1)
         self._last: Future[None] | None = None
 
-    def save(self, step: int, contents: Contents) -> None:
-        """Have the files that ``contents`` returns, which the thread calls, written soon."""
+    def save(
+        self, step: int, contents: Contents, verified: Callable[[], None] = lambda: None
+    ) -> None:
+        """Have a checkpoint written soon.
+
+        Args:
+            step: that it is of.
+            contents: makes its files; called in the thread.
+            verified: called there once the checkpoint is safe on the disk.
+        """
         if self._last is not None and self._last.done():
             self._last.result()  # raises what should not have happened
-        self._waiting.append((step, contents))
+        self._waiting.append((step, contents, verified))
         self._last = self._thread.submit(self._write)
 
     def __enter__(self) -> "Saver":
@@ -136,10 +144,11 @@ class Saver:
     def _write(self) -> None:
         if not self._waiting:  # an earlier call has written the newest
             return
-        step, contents = self._waiting.pop()
+        step, contents, verified = self._waiting.pop()
         try:
             write_checkpoint(self._folder, step, contents())
             self.newest = step
+            verified()
             self._prune(step)
         except OSError as error:
             print(
@@ -152,4 +161,4 @@ class Saver:
     def _prune(self, newest: int) -> None:
         earlier = [path for path in _all(self._folder) if step_of(path) <= newest]
         for path in earlier[self._keep :]:
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)

@@ -98,6 +98,17 @@ class TrainConfig:
     """Start over: move the run's folder aside, to NAME.1, NAME.2, …, instead of going on in it."""
     evaluate: Literal["test", "none"] = "test"
     """Score the test set once, after the last step."""
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """Whether Weights & Biases gets a copy; auto: WANDB_MODE, else online if a key is configured,
+    else offline, in the run's folder."""
+    wandb_project: str | None = None
+    """Project there; by default WANDB_PROJECT, else mnist-ocr."""
+    wandb_entity: str | None = None
+    """User or team there; by default WANDB_ENTITY, else your own."""
+    wandb_group: str | None = None
+    """Group of runs there; by default WANDB_RUN_GROUP."""
+    wandb_tags: tuple[str, ...] = ()
+    """Tags there; by default WANDB_TAGS."""
     expect_world_size: int | None = None
     """Stop unless exactly this many processes train together."""
 
@@ -176,6 +187,17 @@ class EvaluateConfig:
     threads: int | None = None
     """CPU threads per process; by default all cores this process may use, shared by the
     processes of a machine."""
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """Whether the run there gets a copy; auto: WANDB_MODE, else online if a key is configured, else
+    offline, in the run's folder. Of a finished --run only."""
+    wandb_project: str | None = None
+    """Project there; by default WANDB_PROJECT, else mnist-ocr."""
+    wandb_entity: str | None = None
+    """User or team there; by default WANDB_ENTITY, else your own."""
+    wandb_group: str | None = None
+    """Group of runs there; by default WANDB_RUN_GROUP."""
+    wandb_tags: tuple[str, ...] = ()
+    """Tags there; by default WANDB_TAGS."""
     expect_world_size: int | None = None
     """Stop unless exactly this many processes score together."""
 
@@ -249,8 +271,8 @@ def to_yaml(config: TrainConfig) -> dict[str, Any]:
     """All settings in plain YAML types: what ``config.yaml`` holds and ``--config`` reads."""
     values = dataclasses.asdict(config)
     del values["config"], values["expect_world_size"], values["fresh"]  # of a launch, not the run
-    values["hidden_sizes"] = list(config.hidden_sizes)
-    return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+    values |= {name: list(value) for name, value in values.items() if isinstance(value, tuple)}
+    return {name: str(v) if isinstance(v, Path) else v for name, v in values.items()}
 
 
 def option(field: str) -> str:

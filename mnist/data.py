@@ -388,6 +388,12 @@ def normalise(images: Tensor, dtype: torch.dtype) -> Tensor:
     return result
 
 
+def denormalise(images: Tensor) -> Tensor:
+    """Pixels, uint8 N x 28 x 28, of the network's input, N x 784."""
+    pixels = images.float().mul_(STD).add_(MEAN).mul_(255).round_().clamp_(0, 255)
+    return pixels.to(torch.uint8).view(-1, *IMAGE_SHAPE)
+
+
 def split_validation(labels: Tensor, size: int, seed: int) -> tuple[Tensor, Tensor]:
     """Indices of the training part and of a validation part of exactly ``size`` samples.
 

@@ -22,10 +22,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mnist.checkpoint import newest_checkpoint, step_of
-from mnist.config import EvaluateConfig, InputError, parse_train_config
+from mnist.config import EvaluateConfig, InputError, TrainConfig, parse_train_config
 from mnist.data import fetch_mnist, normalise, rank_slice
 from mnist.distributed import World, connect, environment, widest_float
 from mnist.inputs import Inputs, Suspicions, open_images, open_mnist, suspicion_warnings
+from mnist.mirror import WandbSettings, open_mirror
 from mnist.model import MLP, load_model
 from mnist.page import render_page
 from mnist.report import (
@@ -90,11 +91,27 @@ def evaluate(config: EvaluateConfig) -> None:
         raise InputError(f"{inputs.images_path}: its {sizes} images differ between processes")
     if world.is_main and weights.step is not None:
         print(f"{weights.run} is not finished: its checkpoint of step {weights.step:,} is scored")
-    output = config.output_dir or _default_output(config, weights)
+    beside = (weights.run or weights.path.parent) / "evaluation" / evaluation_name(config)
+    output = config.output_dir or beside
     write_evaluation(model, weights, inputs, output, world, config.batch_size)
     if world.is_main:
         report = json.loads((output / "report.json").read_text())
         print_summary(report, output)
+        if weights.run is not None and weights.step is None:
+            mirror = open_mirror(weights.run, wandb_settings(config))
+            mirror.evaluated(evaluation_name(config), output)
+            mirror.close()
+
+
+def wandb_settings(config: TrainConfig | EvaluateConfig) -> WandbSettings:
+    """What the options say of Weights & Biases."""
+    return WandbSettings(
+        mode=config.wandb,
+        project=config.wandb_project,
+        entity=config.wandb_entity,
+        group=config.wandb_group,
+        tags=config.wandb_tags,
+    )
 
 
 def print_summary(report: dict[str, Any], output: Path) -> None:
@@ -145,11 +162,11 @@ def open_inputs(config: EvaluateConfig, weights: Weights) -> Inputs:
     return open_mnist(config.data_dir, config.split, run.validation_size, run.seed)
 
 
-def _default_output(config: EvaluateConfig, weights: Weights) -> Path:
-    name: str = config.split or "test"
-    if config.images is not None:
-        name = f"images-{config.images.resolve().name.split('.')[0]}"
-    return (weights.run or weights.path.parent) / "evaluation" / name
+def evaluation_name(config: EvaluateConfig) -> str:
+    """The split, or the name of the user's images: of the folder, and in W&B."""
+    if config.images is None:
+        return config.split or "test"
+    return f"images-{config.images.resolve().name.split('.')[0]}"
 
 
 def write_evaluation(

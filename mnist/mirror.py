@@ -318,7 +318,8 @@ class _Session:
         if self.run is None:
             self.run = self._init("offline")
             self.held = max(map(self._last_step, logs), default=-1)
-            self.run.summary.update(self._summary(logs))
+            if summary := self._summary(logs):
+                self.run.summary.update(summary)
         url = self.run.url if self.mode == "online" else None
         self._say_where(Path(self.run.dir).parent, url)
         for axis in ("step", "images", "epoch", "seconds"):

@@ -1,39 +1,35 @@
-"""The training loop, and the folder that a run leaves behind."""
+"""The training loop, and what follows it: evaluation, figures, summary."""
 
 import dataclasses
-import itertools
 import json
 import math
-import os
-import shutil
 import sys
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-import yaml
-from filelock import FileLock, Timeout
+from numpy.typing import NDArray
 from safetensors.torch import load, save
 from torch import Tensor
 from torch.nn import functional
 
-from mnist.checkpoint import Contents, Saver, newest_checkpoint
+from mnist.checkpoint import Contents, Saver
 from mnist.config import (
     EvaluateConfig,
     InputError,
     TrainConfig,
     derived_seed,
-    numeric_settings,
-    option,
     to_yaml,
 )
 from mnist.data import (
     BatchedDigits,
     GlobalBatches,
+    denormalise,
     fetch_mnist,
     load_batches,
     load_mnist,
@@ -41,33 +37,31 @@ from mnist.data import (
     rank_slice,
     split_validation,
 )
-from mnist.distributed import PRECISIONS, World, connect, environment, widest_float
-from mnist.evaluation import Weights, predict, score, summary, write_evaluation
+from mnist.distributed import PRECISIONS, World, connect, widest_float
+from mnist.evaluation import (
+    Weights,
+    predict,
+    score,
+    summary,
+    wandb_settings,
+    write_evaluation,
+)
 from mnist.figures import Painter, draw_curves, draw_predictions
 from mnist.inputs import Inputs, open_mnist
+from mnist.mirror import NoMirror, open_mirror
 from mnist.model import MLP, load_model, model_bytes, save_model
 from mnist.report import Example
+from mnist.run_folder import Start, checkpoints_of, open_run_folder
 from mnist.step import Learner
-from mnist.system import StopRequest, flush_to_disk, write_file
+from mnist.system import StopRequest, flush_to_disk
 from mnist.tracking import NoTracker, Tracker, read_metrics
 
 _VALIDATION_BATCH = 4096  # large enough for full speed; the activations stay in megabytes
-_LOCK_SECONDS = 10.0  # a killed process may need some to end
 _GPU_STEPS_BETWEEN_LOOKS = 16  # at whether to stop: each waits for the GPU
 
 
-@dataclass(frozen=True, kw_only=True)
-class Start:
-    """Where a run begins, or goes on."""
-
-    complete: bool = False
-    checkpoint: dict[str, bytes] | None = None  # its files, by name
-    step: int = 0  # steps done
-    logged_step: int = 0  # of the last row
-    metrics_bytes: int = 0  # of metrics.jsonl up to there
-    seconds: float = 0.0  # of training, up to there
-    open_seconds: float = 0.0  # since then
-    precision: str | None = None  # as the first start settled it
+Sample = tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64], NDArray[Any]]
+"""n images, 28×28, their labels, predictions, and the confidences of these."""
 
 
 def train(config: TrainConfig, painter: Painter | None) -> None:
@@ -87,15 +81,19 @@ def train(config: TrainConfig, painter: Painter | None) -> None:
     world = connect(config)
     with StopRequest() as stop, ExitStack() as stack:
         start = world.from_main(lambda: open_run_folder(config, world, stack))
+        mirror = NoMirror()
         if start.complete and world.is_main:
             print(f"{config.run_folder} is complete")
         if not start.complete:
-            model = fit(config, world, start, stop)
+            if world.is_main:
+                mirror = open_mirror(config.run_folder, wandb_settings(config))
+            model = fit(config, world, start, stop, mirror)
             if world.is_main:
                 save_final(model, config.run_folder / "model.safetensors")
         if world.is_main:
             assert painter is not None
-            finish(config, world, painter)
+            finish(config, world, painter, mirror)
+            mirror.close()
 
 
 def save_final(model: MLP, path: Path) -> None:
@@ -111,137 +109,6 @@ def save_final(model: MLP, path: Path) -> None:
             f"{path}: {error.strerror}; with that solved, the same command goes on from the newest "
             "checkpoint"
         ) from None
-
-
-def open_run_folder(config: TrainConfig, world: World, stack: ExitStack) -> Start:
-    """Make the run's folder, or check that it is of the same run; say where training begins.
-
-    Args:
-        config: the settings.
-        world: what the run runs on.
-        stack: holds the folder's lock until it is closed.
-
-    Raises:
-        InputError: the folder is in use, of other settings, something else, has no good checkpoint
-            among its checkpoints, or cannot be written.
-    """
-    folder = config.run_folder
-    try:
-        if not config.fresh and _is_complete(config):
-            return Start(complete=True)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _hold(folder, stack)
-        if config.fresh and not _is_restart():
-            _move_aside(folder)
-        if _is_complete(config):  # by the process that held it
-            return Start(complete=True)
-        folder.mkdir(exist_ok=True)
-        start = _find_start(config)
-        write_file(folder / "config.yaml", yaml.safe_dump(to_yaml(config), sort_keys=False))
-        _record_environment(folder / "environment.json", world, start)
-    except FileExistsError:
-        raise InputError(f"--runs-dir {folder.parent} is not a folder") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise InputError(f"run folder {folder}: {reason}; see --runs-dir") from None
-    return start
-
-
-def _is_complete(config: TrainConfig) -> bool:
-    """Whether the run's folder has its final model.
-
-    Raises:
-        InputError: it is of another run, or not of a run.
-    """
-    folder = config.run_folder
-    settings = folder / "config.yaml"
-    _check_is_run(folder)
-    if not settings.exists():
-        return False
-    recorded = yaml.safe_load(settings.read_text())
-    if not isinstance(recorded, dict):
-        raise InputError(f"{settings} is damaged: it holds no settings")
-    changed = [
-        f"{option(name)} {recorded.get(name)} there, {value} here"
-        for name, value in numeric_settings(config).items()
-        if recorded.get(name) != value
-    ]
-    if changed:
-        raise InputError(
-            f"{folder} is a run with other settings ({'; '.join(changed)}); "
-            "choose another --run-name, or --fresh to start over"
-        )
-    return (folder / "model.safetensors").exists()
-
-
-def _check_is_run(folder: Path) -> None:
-    named = [path.name for path in folder.iterdir()] if folder.exists() else []
-    if "config.yaml" not in named and any(not name.startswith(".") for name in named):
-        raise InputError(f"{folder} is not a run folder; choose another --run-name")
-
-
-def _hold(folder: Path, stack: ExitStack) -> None:
-    """Lock the run; the system releases the lock even when this process is killed."""
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
-    try:
-        stack.enter_context(lock.acquire(timeout=_LOCK_SECONDS))
-    except Timeout:
-        raise InputError(
-            f"{folder} is in use by another process; wait for its end, or choose another --run-name"
-        ) from None
-
-
-def _is_restart() -> bool:
-    """Whether a launcher or scheduler has started this very command before."""
-    counters = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
-    return any(os.environ.get(name, "0") != "0" for name in counters)
-
-
-def _move_aside(folder: Path) -> None:
-    _check_is_run(folder)
-    if folder.exists():
-        numbers = itertools.count(1)
-        aside = next(
-            path for n in numbers if not (path := folder.with_name(f"{folder.name}.{n}")).exists()
-        )
-        folder.rename(aside)
-        print(f"{folder} is kept as {aside}", flush=True)
-
-
-def _find_start(config: TrainConfig) -> Start:
-    """The newest good checkpoint, or the beginning."""
-    checkpoints = _checkpoints(config)
-    for unfinished in checkpoints.glob(".step-*"):
-        shutil.rmtree(unfinished, ignore_errors=True)
-    newest = newest_checkpoint(checkpoints)
-    if newest is None:
-        return Start()
-    for damaged in checkpoints.glob("step-*"):
-        if damaged > newest:  # else it would be warned of for ever
-            damaged.rename(damaged.with_name(f"damaged-{damaged.name}-{time.time_ns()}"))
-    files = {path.name: path.read_bytes() for path in newest.iterdir()}
-    state = json.loads(files["state.json"])
-    del state["settings"]
-    start = Start(checkpoint=files, **state)
-    print(f"{config.run_folder} goes on from step {start.step:,}", flush=True)
-    return start
-
-
-def _record_environment(path: Path, world: World, start: Start) -> None:
-    """Write what the run runs on, with that of its earlier starts, and warn of differences."""
-    now = environment(world) | ({"precision": start.precision} if start.precision else {})
-    starts = json.loads(path.read_text())["starts"] if start.step and path.exists() else []
-    brief = {name: now[name] for name in ("world_size", "threads", "device", "precision")}
-    for name, value in brief.items():
-        if starts and starts[-1][name] != value:
-            print(
-                f"warning: goes on with {name} {value} instead of {starts[-1][name]}: results can "
-                "differ in the last bits",
-                file=sys.stderr,
-                flush=True,
-            )
-    starts.append({"step": start.step} | brief)
-    write_file(path, json.dumps(now | {"starts": starts}, indent=2) + "\n")
 
 
 @dataclass(frozen=True)
@@ -319,7 +186,11 @@ class Interval:
 
 
 def fit(
-    config: TrainConfig, world: World, start: Start | None = None, stop: StopRequest | None = None
+    config: TrainConfig,
+    world: World,
+    start: Start | None = None,
+    stop: StopRequest | None = None,
+    mirror: NoMirror | None = None,
 ) -> MLP:
     """Train a new model, or go on with one; every rank returns the same.
 
@@ -332,7 +203,7 @@ def fit(
         InputError: training diverged, or a row cannot be written.
         SystemExit: with 75: ``stop`` was requested, on any rank, and all is saved.
     """
-    start, stop = start or Start(), stop or StopRequest()
+    start, stop, mirror = start or Start(), stop or StopRequest(), mirror or NoMirror()
     if start.precision is not None:
         world = dataclasses.replace(world, precision=PRECISIONS[start.precision])
     training, validation = load_training_data(config, world)
@@ -359,7 +230,7 @@ def fit(
             tracker = stack.enter_context(
                 Tracker(metrics, config.epochs, plan.steps, start.step, start.metrics_bytes)
             )
-            saver = stack.enter_context(Saver(_checkpoints(config), config.keep_checkpoints))
+            saver = stack.enter_context(Saver(checkpoints_of(config), config.keep_checkpoints))
         interval = Interval(plan, start)
         for step, (images, labels) in enumerate(load_batches(training, batches), start.step + 1):
             rate, batch_size = plan.learning_rate(step), plan.batch_size(step)
@@ -367,7 +238,9 @@ def fit(
             if plan.ends_epoch(step) or step % config.log_every == 0:
                 row = interval.end(step, learner.take_totals())
                 if plan.ends_epoch(step) and config.validation_size:
-                    row |= validate(learner, validation, config.validation_size)
+                    scores, sample = validate(learner, validation, config.validation_size)
+                    row |= scores
+                    mirror.grid(step, *sample)
                 check_finite(row, learner, training.images, plan)
                 tracker.log(row)
                 interval.begin()
@@ -376,7 +249,8 @@ def fit(
             due = config.checkpoint_every is not None and step % config.checkpoint_every == 0
             if saver is not None and (plan.ends_epoch(step) or due or interrupted):
                 state = {"step": step, "metrics_bytes": tracker.bytes} | interval.state()
-                saver.save(step, checkpoint_files(learner, state, config))
+                send = partial(mirror.rows, tracker.bytes)
+                saver.save(step, checkpoint_files(learner, state, config), verified=send)
             if interrupted:
                 break
     if interrupted:
@@ -422,10 +296,6 @@ def load_checkpoint(learner: Learner, files: dict[str, bytes]) -> None:
     learner.load(load(files["model.safetensors"]), load(files["optimizer.safetensors"]))
 
 
-def _checkpoints(config: TrainConfig) -> Path:
-    return config.run_folder / "checkpoints"
-
-
 def _say_interrupted(folder: Path, step: int, saved: int | None) -> None:
     state = "saved" if saved == step else "not saved, see above"
     print(
@@ -457,22 +327,38 @@ def schedule(progress: float, config: TrainConfig) -> float:
     return (1 - progress) / (1 - config.warmup)
 
 
-def validate(learner: Learner, share: BatchedDigits, size: int) -> dict[str, float]:
-    """Loss and accuracy over the ``size`` validation images, of which each rank has its share."""
+def validate(learner: Learner, share: BatchedDigits, size: int) -> tuple[dict[str, float], Sample]:
+    """Loss and accuracy over the ``size`` validation images, of which each rank has its share; and
+    of this share, as a sample, the first 24 images and the 8 most confident mistakes."""
     device = share.images.device
     sums = torch.zeros(2, dtype=widest_float(device), device=device)
+    predictions, confidences = [], []
     for images, labels in zip(
         share.images.split(_VALIDATION_BATCH), share.labels.split(_VALIDATION_BATCH), strict=True
     ):
-        logits = learner.logits(images)
-        sums[0] += functional.cross_entropy(logits, labels, reduction="sum")
-        sums[1] += (logits.argmax(1) == labels).sum()
+        log_probabilities = learner.logits(images).log_softmax(1)
+        sums[0] += functional.nll_loss(log_probabilities, labels, reduction="sum")
+        highest, prediction = log_probabilities.max(1)
+        sums[1] += (prediction == labels).sum()
+        predictions.append(prediction)
+        confidences.append(highest.exp())
     learner.world.all_reduce(sums)
     loss, accuracy = (sums / size).tolist()
-    return {"validation/loss": loss, "validation/accuracy": accuracy}
+    sample = _sample_of(share, torch.cat(predictions), torch.cat(confidences))
+    return {"validation/loss": loss, "validation/accuracy": accuracy}, sample
 
 
-def finish(config: TrainConfig, world: World, painter: Painter) -> None:
+def _sample_of(share: BatchedDigits, predictions: Tensor, confidences: Tensor) -> Sample:
+    wrong = (predictions != share.labels).nonzero()[:, 0]
+    mistakes = wrong[confidences[wrong].argsort(descending=True)[:8]]
+    first = torch.arange(len(predictions), device=predictions.device)[:24]
+    chosen = torch.cat([first, mistakes])
+    values = (share.labels[chosen], predictions[chosen], confidences[chosen])
+    labels, digits, shares = (value.cpu().numpy() for value in values)
+    return denormalise(share.images[chosen]).cpu().numpy(), labels, digits, shares
+
+
+def finish(config: TrainConfig, world: World, painter: Painter, mirror: NoMirror) -> None:
     """Evaluate the final model and draw, as far as that is not done already; print the summary."""
     folder = config.run_folder
     curves, grid = folder / "figures/loss_curves.png", folder / "figures/sample_predictions.png"
@@ -496,12 +382,13 @@ def finish(config: TrainConfig, world: World, painter: Painter) -> None:
         sample = _sample_predictions(model, inputs, scores.examples.mistakes[:8], config.seed)
         title = f"{folder.name}: {split} images, 24 at random and the 8 most confident mistakes"
         painter.draw(draw_predictions, *sample, title, grid)
+        if unreported:
+            mirror.evaluated(split, evaluation)
+    mirror.finished()
     print_summary(folder, rows)
 
 
-def _sample_predictions(
-    model: MLP, inputs: Inputs, mistakes: list[Example], seed: int
-) -> tuple[np.ndarray, ...]:
+def _sample_predictions(model: MLP, inputs: Inputs, mistakes: list[Example], seed: int) -> Sample:
     """Images, labels, predictions and confidences of 24 images at random, then of the mistakes."""
     generator = torch.Generator().manual_seed(derived_seed(seed, "sample predictions"))
     chosen = torch.randperm(len(inputs), generator=generator)[:24].tolist()

@@ -7,6 +7,9 @@ import pytest
 
 from mnist.data import fetch_mnist
 
+# Of the jobs that tests start; test_mirror.py and test_jobs.py ask for it by an option.
+os.environ["WANDB_MODE"] = "disabled"
+
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:

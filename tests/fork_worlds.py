@@ -16,8 +16,9 @@ from contextlib import ExitStack
 from mnist.config import parse_evaluate_config, parse_train_config
 from mnist.distributed import connect
 from mnist.evaluation import evaluate
+from mnist.run_folder import open_run_folder
 from mnist.system import StopRequest
-from mnist.training import fit, open_run_folder, save_final
+from mnist.training import fit, save_final
 
 
 def free_port() -> int:

@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 from mnist.config import InputError, TrainConfig
 from mnist.distributed import World
 from mnist.model import load_model
+from mnist.run_folder import open_run_folder
 from mnist.system import StopRequest
-from mnist.training import fit, open_run_folder
+from mnist.training import fit
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent

@@ -17,8 +17,9 @@ from mnist.config import InputError, TrainConfig
 from mnist.data import load_mnist, split_validation
 from mnist.distributed import World
 from mnist.model import load_model
+from mnist.run_folder import open_run_folder
 from mnist.tracking import read_metrics
-from mnist.training import fit, open_run_folder, schedule
+from mnist.training import fit, schedule
 
 WORLD = World(threads=1)
 # 1,000 images to train on, in 5 steps of an epoch, of which the last is a partial one.

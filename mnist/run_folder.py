@@ -1,0 +1,171 @@
+"""A run's folder: whose it is, where its training begins or goes on, what it runs on."""
+
+import itertools
+import json
+import os
+import shutil
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from filelock import FileLock, Timeout
+
+from mnist.checkpoint import newest_checkpoint
+from mnist.config import InputError, TrainConfig, numeric_settings, option, to_yaml
+from mnist.distributed import World, environment
+from mnist.system import write_file
+
+_LOCK_SECONDS = 10.0  # a killed process may need some to end
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Where a run begins, or goes on."""
+
+    complete: bool = False
+    checkpoint: dict[str, bytes] | None = None  # its files, by name
+    step: int = 0  # steps done
+    logged_step: int = 0  # of the last row
+    metrics_bytes: int = 0  # of metrics.jsonl up to there
+    seconds: float = 0.0  # of training, up to there
+    open_seconds: float = 0.0  # since then
+    precision: str | None = None  # as the first start settled it
+
+
+def open_run_folder(config: TrainConfig, world: World, stack: ExitStack) -> Start:
+    """Make the run's folder, or check that it is of the same run; say where training begins.
+
+    Args:
+        config: the settings.
+        world: what the run runs on.
+        stack: holds the folder's lock until it is closed.
+
+    Raises:
+        InputError: the folder is in use, of other settings, something else, has no good checkpoint
+            among its checkpoints, or cannot be written.
+    """
+    folder = config.run_folder
+    try:
+        if not config.fresh and _is_complete(config):
+            return Start(complete=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _hold(folder, stack)
+        if config.fresh and not _is_restart():
+            _move_aside(folder)
+        if _is_complete(config):  # by the process that held it
+            return Start(complete=True)
+        folder.mkdir(exist_ok=True)
+        start = _find_start(config)
+        write_file(folder / "config.yaml", yaml.safe_dump(to_yaml(config), sort_keys=False))
+        _record_environment(folder / "environment.json", world, start)
+    except FileExistsError:
+        raise InputError(f"--runs-dir {folder.parent} is not a folder") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise InputError(f"run folder {folder}: {reason}; see --runs-dir") from None
+    return start
+
+
+def _is_complete(config: TrainConfig) -> bool:
+    """Whether the run's folder has its final model.
+
+    Raises:
+        InputError: it is of another run, or not of a run.
+    """
+    folder = config.run_folder
+    settings = folder / "config.yaml"
+    _check_is_run(folder)
+    if not settings.exists():
+        return False
+    recorded = yaml.safe_load(settings.read_text())
+    if not isinstance(recorded, dict):
+        raise InputError(f"{settings} is damaged: it holds no settings")
+    changed = [
+        f"{option(name)} {recorded.get(name)} there, {value} here"
+        for name, value in numeric_settings(config).items()
+        if recorded.get(name) != value
+    ]
+    if changed:
+        raise InputError(
+            f"{folder} is a run with other settings ({'; '.join(changed)}); "
+            "choose another --run-name, or --fresh to start over"
+        )
+    return (folder / "model.safetensors").exists()
+
+
+def _check_is_run(folder: Path) -> None:
+    named = [path.name for path in folder.iterdir()] if folder.exists() else []
+    if "config.yaml" not in named and any(not name.startswith(".") for name in named):
+        raise InputError(f"{folder} is not a run folder; choose another --run-name")
+
+
+def _hold(folder: Path, stack: ExitStack) -> None:
+    """Lock the run; the system releases the lock even when this process is killed."""
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        stack.enter_context(lock.acquire(timeout=_LOCK_SECONDS))
+    except Timeout:
+        raise InputError(
+            f"{folder} is in use by another process; wait for its end, or choose another --run-name"
+        ) from None
+
+
+def _is_restart() -> bool:
+    """Whether a launcher or scheduler has started this very command before."""
+    counters = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+    return any(os.environ.get(name, "0") != "0" for name in counters)
+
+
+def _move_aside(folder: Path) -> None:
+    _check_is_run(folder)
+    if folder.exists():
+        numbers = itertools.count(1)
+        aside = next(
+            path for n in numbers if not (path := folder.with_name(f"{folder.name}.{n}")).exists()
+        )
+        folder.rename(aside)
+        print(f"{folder} is kept as {aside}", flush=True)
+
+
+def _find_start(config: TrainConfig) -> Start:
+    """The newest good checkpoint, or the beginning."""
+    checkpoints = checkpoints_of(config)
+    for unfinished in checkpoints.glob(".step-*"):
+        shutil.rmtree(unfinished, ignore_errors=True)
+    newest = newest_checkpoint(checkpoints)
+    if newest is None:
+        return Start()
+    for damaged in checkpoints.glob("step-*"):
+        if damaged > newest:  # else it would be warned of for ever
+            damaged.rename(damaged.with_name(f"damaged-{damaged.name}-{time.time_ns()}"))
+    files = {path.name: path.read_bytes() for path in newest.iterdir()}
+    state = json.loads(files["state.json"])
+    del state["settings"]
+    start = Start(checkpoint=files, **state)
+    print(f"{config.run_folder} goes on from step {start.step:,}", flush=True)
+    return start
+
+
+def _record_environment(path: Path, world: World, start: Start) -> None:
+    """Write what the run runs on, with that of its earlier starts, and warn of differences."""
+    now = environment(world) | ({"precision": start.precision} if start.precision else {})
+    starts = json.loads(path.read_text())["starts"] if start.step and path.exists() else []
+    brief = {name: now[name] for name in ("world_size", "threads", "device", "precision")}
+    for name, value in brief.items():
+        if starts and starts[-1][name] != value:
+            print(
+                f"warning: goes on with {name} {value} instead of {starts[-1][name]}: results can "
+                "differ in the last bits",
+                file=sys.stderr,
+                flush=True,
+            )
+    starts.append({"step": start.step} | brief)
+    write_file(path, json.dumps(now | {"starts": starts}, indent=2) + "\n")
+
+
+def checkpoints_of(config: TrainConfig) -> Path:
+    """The folder of a run's checkpoints."""
+    return config.run_folder / "checkpoints"
