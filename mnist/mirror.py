@@ -261,7 +261,12 @@ class _Session:
 
         self.settings = settings
         self.warning: str | None = None
-        self.mode = self._choose_mode(settings.mode)
+        wanted, found = settings.mode, os.environ.pop("WANDB_MODE", None)
+        if wanted == "auto" and found in ("offline", "dryrun"):
+            wanted = "offline"
+        self.mode = "offline" if wanted == "offline" else "online"
+        # Without a key, auto is offline as a matter of course.
+        self.excused = "No API key" if wanted == "auto" and found != "online" else None
         self.run: wandb.Run | None = None
         self.held = -1  # the last step that W&B has
         self.offset = 0  # into metrics.jsonl
@@ -285,18 +290,6 @@ class _Session:
         exact = all(self._last_step(log) < 0 for log in unsure)
         self.say(mode=self.mode, directory=directory.name, url=url, exact=exact)
 
-    def _choose_mode(self, wanted: str) -> str:
-        found = os.environ.pop("WANDB_MODE", None)
-        if wanted == "auto" and found:
-            wanted = {"dryrun": "offline", "run": "online"}.get(found, found)
-        if wanted in ("online", "offline"):
-            return wanted
-        try:
-            return "online" if self.wandb.login(prompt=False, verify=False) else "offline"
-        except Exception as error:
-            self.warning = _one_line(error)
-            return "offline"
-
     def connect(self) -> "wandb.Run":
         """The run, open; online if that is wanted and works.
 
@@ -313,7 +306,9 @@ class _Session:
                 self.run = self._init("online")
                 self.held = self.run.starting_step - 1
             except Exception as error:
-                self.warning, self.mode = _one_line(error), "offline"
+                self.mode = "offline"
+                if not (self.excused and self.excused in str(error)):
+                    self.warning = _one_line(error)
                 self.wandb.teardown()
         if self.run is None:
             self.run = self._init("offline")
@@ -645,7 +640,8 @@ def _mirror() -> None:
     home = folder.resolve() / "wandb"
     for name in ("data", "cache", "artifact"):
         os.environ[f"WANDB_{name.upper()}_DIR"] = str(home / name)
-    os.environ |= {"WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false"}
+    os.environ["WANDB_ERROR_REPORTING"] = "false"
+    os.environ.pop("WANDB_SILENT", None)  # see _SAYS_LOST; all that is printed goes to a file
     session = _Session(folder, settings, limits, out)
     for name, *arguments in messages:
         try:

@@ -54,6 +54,7 @@ class FakeWandb(ThreadingHTTPServer):
         self.hang_on: str | None = None  # never answer requests of which this is a part
         self.die_on: str | None = None  # at such a request, stop answering anything
         self.break_on: str | None = None  # at such a request, begin to answer all with 500
+        self.refuse_on: str | None = None  # answer such requests with 403
         self.uploads: dict[str, tuple[dict[str, bytes], str]] = {}
         self.lock = threading.RLock()
         super().__init__(("127.0.0.1", port), _Handler)
@@ -118,7 +119,9 @@ class FakeWandb(ThreadingHTTPServer):
     def _upsert(self, v: dict[str, Any]) -> dict[str, Any]:
         new = v["name"] not in self.runs
         project, entity = v["project"] or "uncategorized", v["entity"] or "tester"
-        run = self.runs.setdefault(v["name"], FakeRun(v["name"], project, entity))
+        if new or self.runs[v["name"]].project != project:  # another project: another run
+            self.runs[v["name"]] = FakeRun(v["name"], project, entity)
+        run = self.runs[v["name"]]
         run.attributes |= {k: value for k, value in v.items() if value is not None}
         if v["config"]:
             run.config = json.loads(v["config"])
@@ -226,6 +229,8 @@ class _Handler(BaseHTTPRequestHandler):
                 time.sleep(0.1)
             self.close_connection = True  # it never came to the knowledge of the server
             return None
+        if fake.refuse_on and fake.refuse_on in name:
+            return self._reply(403, {})
         if fake.fail_with:
             return self._reply(fake.fail_with, {"error": "injected"})
         with fake.lock:
