@@ -22,11 +22,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mnist.checkpoint import newest_checkpoint, step_of
-from mnist.config import EvaluateConfig, InputError, TrainConfig, parse_train_config
+from mnist.config import EvaluateConfig, InputError, parse_train_config
 from mnist.data import fetch_mnist, normalise, rank_slice
 from mnist.distributed import World, connect, environment, widest_float
 from mnist.inputs import Inputs, Suspicions, open_images, open_mnist, suspicion_warnings
-from mnist.mirror import WandbSettings, open_mirror
+from mnist.metrics import read_metrics
 from mnist.model import MLP, load_model
 from mnist.page import render_page
 from mnist.report import (
@@ -42,7 +42,7 @@ from mnist.report import (
     sha256,
     staging,
 )
-from mnist.tracking import read_metrics
+from mnist.tracking import open_mirror, wandb_settings
 
 # Processes exchange how far they are after so many batches: often enough for a progress display,
 # and so that none waits for another longer than a collective may take.
@@ -101,17 +101,6 @@ def evaluate(config: EvaluateConfig) -> None:
             mirror = open_mirror(weights.run, wandb_settings(config))
             mirror.evaluated(evaluation_name(config), output)
             mirror.close()
-
-
-def wandb_settings(config: TrainConfig | EvaluateConfig) -> WandbSettings:
-    """What the options say of Weights & Biases."""
-    return WandbSettings(
-        mode=config.wandb,
-        project=config.wandb_project,
-        entity=config.wandb_entity,
-        group=config.wandb_group,
-        tags=config.wandb_tags,
-    )
 
 
 def print_summary(report: dict[str, Any], output: Path) -> None:

@@ -1,140 +1,683 @@
-"""Where a run's rows go: metrics.jsonl, and the progress display of rank 0."""
+"""A run's folder mirrored to Weights & Biases, by a process of its own.
 
+The training process sends that process (``python -m mnist.tracking``) a few small messages and
+never waits for it but at the end, for a bounded time. All that W&B gets is read from the run's
+folder, so nothing is lost with it: ``python -m mnist.tracking runs/NAME`` sends whatever W&B does
+not hold yet. Imports no torch; W&B is imported by that process alone.
+"""
+
+import contextlib
+import csv
+import heapq
 import json
+import os
+import pickle
+import queue
+import secrets
+import shlex
+import signal
+import subprocess
 import sys
-from contextlib import suppress
+import threading
+import time
+import traceback
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any, Literal
 
-from tqdm import tqdm
+import numpy as np
+import psutil
+import yaml
+from numpy.typing import NDArray
 
-from mnist.config import InputError
+from mnist.config import EvaluateConfig, TrainConfig
+from mnist.system import write_file
+
+if TYPE_CHECKING:
+    import wandb
+    from PIL.Image import Image
+
+_TABLE_ROWS = 200
+_MISTAKE = "#c1121f"
+_SAYS_LOST = "Fatal error while uploading data"  # in what W&B prints; finish() says nothing
 
 
-class Tracker:
-    """Takes the rows of one run: writes each to ``metrics.jsonl`` and shows how far it is.
+@dataclass(frozen=True, kw_only=True)
+class WandbSettings:
+    """Where and how a run is mirrored; None leaves it to ``WANDB_*``, then to defaults."""
 
-    A terminal gets a bar, and like every other output one line per epoch.
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    project: str | None = None
+    entity: str | None = None
+    group: str | None = None
+    tags: tuple[str, ...] = ()
+
+
+@dataclass(kw_only=True)
+class Limits:
+    """Seconds that W&B may take; a job is delayed by ``close`` at most."""
+
+    init: float = 10.0  # W&B takes 5.4 s more before it gives up
+    finish: float = 20.0
+    close: float = 30.0
+    flush: float = 2.0  # between writes to the local log
+    transmit: float = 5.0  # between messages to the server
+    figures: float = 5.0  # wait for the figures that another process draws
+
+
+LIMITS = Limits()
+
+
+# --------------------------------------------------------------------------- in the job's process
+
+
+class NoMirror:
+    """What a job without W&B has, and every rank but the first."""
+
+    def rows(self, length: int) -> None:
+        """The first ``length`` bytes of ``metrics.jsonl`` are final: send what is new of them."""
+
+    def grid(
+        self,
+        step: int,
+        images: NDArray[np.uint8],
+        labels: NDArray[np.int64],
+        predictions: NDArray[np.int64],
+        confidences: NDArray[Any],
+    ) -> None:
+        """Sample predictions, to go out with the row of ``step``, so before ``rows`` covers it.
+
+        Args:
+            step: of the row.
+            images: n×28×28, n at most 32.
+            labels: n digits.
+            predictions: n digits.
+            confidences: n probabilities of the predictions, 0 to 1.
+        """
+
+    def evaluated(self, split: str, folder: Path) -> None:
+        """``folder`` holds the ``report.json`` and ``predictions.csv`` of ``split``; of a run that
+        is complete, since rows follow no report."""
+
+    def finished(self) -> None:
+        """The run is complete: send ``model.safetensors`` and the figures."""
+
+    def close(self) -> None:
+        """End, within ``LIMITS.close`` seconds; say where the run is, or what is missing there."""
+
+
+class Mirror(NoMirror):
+    """Mirrors a run's folder from another process; nothing here waits for it but ``close``.
+
+    Without ``close``, as when the job is killed, that process ends by itself.
+    """
+
+    def __init__(self, run_folder: Path, settings: WandbSettings) -> None:
+        self._folder = run_folder
+        self._said: dict[str, Any] = {}
+        self._closed = False
+        (run_folder / "wandb").mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-P", "-m", "mnist.tracking"]
+        pipe, log = subprocess.PIPE, run_folder / "wandb/mirror.log"
+        with log.open("wb") as errors:
+            self._process = subprocess.Popen(
+                command, stdin=pipe, stdout=pipe, stderr=errors, start_new_session=True
+            )
+        # A pipe that nobody reads fills up, and writing to it would then stop the training.
+        self._outbox: queue.SimpleQueue[tuple[Any, ...] | None] = queue.SimpleQueue()
+        threading.Thread(target=self._write, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        self._outbox.put((run_folder, settings, LIMITS))
+
+    def _write(self) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError), self._process.stdin as pipe:
+            while (message := self._outbox.get()) is not None:
+                pickle.dump(message, pipe)
+                pipe.flush()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._said |= json.loads(line)
+
+    def rows(self, length: int) -> None:
+        self._outbox.put(("rows", length))
+
+    def grid(
+        self,
+        step: int,
+        images: NDArray[np.uint8],
+        labels: NDArray[np.int64],
+        predictions: NDArray[np.int64],
+        confidences: NDArray[Any],
+    ) -> None:
+        self._outbox.put(("grid", step, images, labels, predictions, confidences))
+
+    def evaluated(self, split: str, folder: Path) -> None:
+        self._outbox.put(("evaluated", split, folder))
+
+    def finished(self) -> None:
+        self._outbox.put(("finished",))
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._outbox.put(None)
+        self._reader.join(LIMITS.close)
+        if self._reader.is_alive():
+            _kill_tree(self._process.pid)
+            self._reader.join(1)
+            self._said["lost"] = f"it did not finish within {LIMITS.close:.0f} s"
+        elif not self._said.get("done"):
+            self._said["lost"] = f"it failed, see {self._folder / 'wandb/mirror.log'}"
+        self._process.wait()
+        self._tell(**self._said)
+
+    def _tell(
+        self,
+        mode: str | None = None,
+        directory: str = "",
+        url: str | None = None,
+        exact: bool = True,
+        warning: str | None = None,
+        lost: str | None = None,
+        done: bool = False,
+    ) -> None:
+        """Print the end lines; see ``_Session`` for what it has said."""
+        python = min(sys.executable, os.path.relpath(sys.executable), key=len)
+        program, home = str(Path(python).with_name("wandb")), self._folder / "wandb"
+        sync = shlex.join([program, "sync", str(home)])
+        if lost or not exact:  # wandb sync would add what the server has got already once more
+            sync = shlex.join([python, "-m", "mnist.tracking", str(self._folder)])
+        if lost:
+            print(f"warning: W&B has not got everything: {lost}; send it: {sync}", file=sys.stderr)
+        elif warning:
+            print(f"warning: W&B is offline: {warning}; send it later: {sync}", file=sys.stderr)
+        if mode == "online":
+            print(f"wandb       {url}", flush=True)
+        elif mode == "offline":
+            view = shlex.join([program, "leet", "run", str(home / directory)])
+            print(f"wandb       offline; send it: {sync}\n{'':12}view it: {view}", flush=True)
+
+
+def wandb_settings(config: TrainConfig | EvaluateConfig) -> WandbSettings:
+    """What the options say."""
+    return WandbSettings(
+        mode=config.wandb,
+        project=config.wandb_project,
+        entity=config.wandb_entity,
+        group=config.wandb_group,
+        tags=config.wandb_tags,
+    )
+
+
+def open_mirror(run_folder: Path, settings: WandbSettings) -> NoMirror:
+    """The mirror that the settings and ``WANDB_MODE`` ask for."""
+    wanted: str | None = settings.mode
+    if wanted == "auto":
+        wanted = os.environ.get("WANDB_MODE")
+    return NoMirror() if wanted == "disabled" else Mirror(run_folder, settings)
+
+
+def send_again(run_folder: Path) -> None:
+    """Send what W&B does not hold of a complete run."""
+    if not (run_folder / "model.safetensors").exists():
+        sys.exit(f"{run_folder} is no complete run; start it again, and it is sent when it goes on")
+    mirror = Mirror(run_folder, WandbSettings(mode="online"))
+    mirror.rows((run_folder / "metrics.jsonl").stat().st_size)
+    for report in sorted(run_folder.glob("evaluation/*/report.json")):
+        mirror.evaluated(report.parent.name, report.parent)
+    mirror.finished()
+    mirror.close()
+
+
+def _kill_tree(pid: int) -> None:
+    """W&B's own processes are in other process groups, so these are found by descent."""
+    with contextlib.suppress(psutil.Error):
+        root = psutil.Process(pid)
+        for process in (*root.children(recursive=True), root):
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+
+
+# ------------------------------------------------------------------------ in the mirror's process
+
+
+class _Session:
+    """One connection of W&B's client, opened when there is something to send.
+
+    What it holds for certain is in ``wandb/run.json``: the run's id and place, and for each thing
+    that is sent once the mode in which it was.
+    """
+
+    def __init__(self, folder: Path, settings: WandbSettings, limits: Limits, out: IO[str]) -> None:
+        import wandb
+
+        self.wandb, self.limits, self.out = wandb, limits, out
+        self.folder, self.state = folder, folder / "wandb/run.json"
+        recorded = json.loads(self.state.read_text()) if self.state.exists() else {}
+        place = {
+            "project": settings.project or recorded.get("project") or os.getenv("WANDB_PROJECT"),
+            "entity": settings.entity or recorded.get("entity") or os.getenv("WANDB_ENTITY"),
+        }
+        place["project"] = place["project"] or "mnist-ocr"
+        same = all(recorded.get(key) == value for key, value in place.items())
+        self.sent: dict[str, str] = recorded.get("sent", {}) if same else {}
+        self.place = {"id": recorded.get("id") or secrets.token_hex(4), **place}
+        self._record()
+
+        self.settings = settings
+        self.warning: str | None = None
+        wanted, found = settings.mode, os.environ.pop("WANDB_MODE", None)
+        if wanted == "auto" and found in ("offline", "dryrun"):
+            wanted = "offline"
+        self.mode = "offline" if wanted == "offline" else "online"
+        # Without a key, auto is offline as a matter of course.
+        self.excused = "No API key" if wanted == "auto" and found != "online" else None
+        self.run: wandb.Run | None = None
+        self.held = -1  # the last step that W&B has
+        self.offset = 0  # into metrics.jsonl
+        self.grids: dict[int, tuple[NDArray[Any], ...]] = {}
+        self.items: list[str] = []
+        self.lost: list[str] = []
+        if not (folder / "model.safetensors").exists():
+            self.connect()
+
+    def _record(self) -> None:
+        write_file(self.state, json.dumps({**self.place, "sent": self.sent}, indent=2) + "\n")
+
+    def say(self, **facts: Any) -> None:
+        """Tell the job's process; see ``Mirror._tell``."""
+        with contextlib.suppress(BrokenPipeError):  # that process may have ended
+            print(json.dumps(facts), file=self.out, flush=True)
+
+    def _say_where(self, directory: Path, url: str | None = None) -> None:
+        # How much arrived of what was sent online and never confirmed is not known offline.
+        unsure = [log for log in self._unsynced() if not _is_offline(log)]
+        exact = all(self._last_step(log) < 0 for log in unsure)
+        self.say(mode=self.mode, directory=directory.name, url=url, exact=exact)
+
+    def connect(self) -> "wandb.Run":
+        """The run, open; online if that is wanted and works.
+
+        A step that the server holds is never sent again; offline, one that any local log holds.
+        """
+        if self.run is not None:
+            return self.run
+        logs = self._logs()
+        for log in self._unsynced():
+            if not self._records(log):  # killed before it wrote: wandb sync fails over it
+                _synced_mark(log).touch()
+        if self.mode == "online":
+            try:
+                self.run = self._init("online")
+                self.held = self.run.starting_step - 1
+            except Exception as error:
+                self.mode = "offline"
+                if not (self.excused and self.excused in str(error)):
+                    self.warning = _one_line(error)
+                self.wandb.teardown()
+        if self.run is None:
+            self.run = self._init("offline")
+            self.held = max(map(self._last_step, logs), default=-1)
+            if summary := self._summary(logs):
+                self.run.summary.update(summary)
+        url = self.run.url if self.mode == "online" else None
+        self._say_where(Path(self.run.dir).parent, url)
+        for axis in ("step", "images", "epoch", "seconds"):
+            self.run.define_metric(axis, hidden=True)
+        self.run.define_metric("*", step_metric="step")
+        return self.run
+
+    def _init(self, mode: Literal["online", "offline"]) -> "wandb.Run":
+        config = yaml.safe_load((self.folder / "config.yaml").read_text())
+        config["environment"] = json.loads((self.folder / "environment.json").read_text())
+        return self.wandb.init(
+            id=self.place["id"],
+            project=self.place["project"],
+            entity=self.place["entity"],
+            name=os.getenv("WANDB_NAME") or self.folder.resolve().name,
+            group=self.settings.group,
+            tags=self.settings.tags or None,
+            config=config,
+            dir=self.folder,
+            mode=mode,
+            resume="allow",
+            settings=self.wandb.Settings(
+                silent=True,
+                console="off",
+                disable_code=True,
+                disable_git=True,
+                x_save_requirements=False,
+                init_timeout=self.limits.init,
+                finish_timeout=self.limits.finish,
+                finish_timeout_raises=True,
+                x_transaction_log_flush_interval=self.limits.flush,
+                x_file_stream_transmit_interval=self.limits.transmit,
+                x_stats_pid=os.getppid(),
+            ),
+        )
+
+    def _logs(self) -> list[Path]:
+        """The local logs of this run, oldest first."""
+        logs = self.folder.glob(f"wandb/*run-*/run-{self.place['id']}.wandb")
+        return sorted(logs, key=lambda log: log.parent.name.removeprefix("offline-"))
+
+    def _unsynced(self) -> list[Path]:
+        return [log for log in self._logs() if not _synced_mark(log).exists()]
+
+    def _records(self, log: Path) -> list[dict[str, Any]]:
+        core = self.wandb.util.get_core_path()
+        command = [core, "leet", "inspect", "--no-observability", "--json", "--run-file", str(log)]
+        printed = subprocess.run([*command, str(log.parent)], stdout=subprocess.PIPE).stdout
+        return [json.loads(line) for line in printed.splitlines()]
+
+    def _last_step(self, log: Path) -> int:
+        histories = [r["history"]["item"] for r in self._records(log) if r["type"] == "history"]
+        return max((item["step"] for item in histories), default=-1)
+
+    def _summary(self, logs: list[Path]) -> dict[str, Any]:
+        """What earlier sessions summed up: wandb sync keeps the summary of the last one alone."""
+        summary: dict[str, Any] = {}
+        for record in (record for log in logs for record in self._records(log)):
+            for key, value in record.get("summary", {}).get("update", {}).items():
+                outer, _, inner = key.partition(".")  # {"a": {"b": 1}} is printed as {"a.b": 1}
+                if inner and outer[0] != "_":
+                    summary.setdefault(outer, {})[inner] = value
+                elif outer[0] != "_":
+                    summary[outer] = value
+        return summary
+
+    def _has(self, item: str) -> bool:
+        """Whether something was sent before, to where this session sends."""
+        sent = self.sent.get(item)
+        return sent == "online" or (bool(sent) and (self.mode == "offline" or not self._unsynced()))
+
+    def rows(self, length: int) -> None:
+        if self._has("finished"):
+            return
+        run = self.connect()
+        with (self.folder / "metrics.jsonl").open("rb") as file:
+            file.seek(self.offset)
+            lines = file.read(max(0, length - self.offset)).splitlines()
+        for line in lines:
+            row = json.loads(line)
+            step = row["step"]
+            grid = self.grids.pop(step, None)
+            if step <= self.held:
+                continue
+            if grid:
+                picture, wrong = compose_grid(*grid), int((grid[1] != grid[2]).sum())
+                caption = f"step {step:,}: {wrong} of {len(grid[1])} wrong"
+                row["validation/predictions"] = self.wandb.Image(picture, caption=caption)
+            run.log(row, step=step, commit=True)
+            self.held = step
+        self.offset = max(self.offset, length)
+
+    def grid(self, step: int, *grid: NDArray[Any]) -> None:
+        self.grids[step] = grid
+
+    def evaluated(self, split: str, folder: Path) -> None:
+        report = json.loads((folder / "report.json").read_text())
+        item = f"{split} {report['time']}"
+        if self._has(item):
+            return
+        run, Image = self.connect(), self.wandb.Image
+        run.summary.update(_figures(split, report))
+        pictures = _pictures(Path(report["data"]["images"]))
+        shown: dict[str, Any] = {}
+        if report["confusion_matrix"]:
+            confusion = np.array(report["confusion_matrix"])
+            picture, caption = compose_confusion(confusion), "labels down, predictions across"
+            shown[f"{split}/confusion_matrix"] = Image(picture, caption=caption)
+        if report["mistakes"] and pictures is not None:
+            mistakes = report["mistakes"]
+            columns = ("label", "prediction", "confidence")
+            values = [np.array([mistake[key] for mistake in mistakes]) for key in columns]
+            images = pictures[[mistake["index"] for mistake in mistakes]]
+            caption = f"the {len(mistakes)} most confident mistakes"
+            shown[f"{split}/mistakes"] = Image(compose_grid(images, *values), caption=caption)
+        self._log_last(shown)
+        artifact = self.wandb.Artifact(f"{split}-{self.place['id']}", type="evaluation")
+        for name in ("report.json", "predictions.csv"):
+            artifact.add_file(str(folder / name))
+        run.log_artifact(artifact)
+        table = self._table(folder / "predictions.csv", pictures)
+        self._log_last({f"{split}/predictions": table})
+        self.items.append(item)
+
+    def _table(self, predictions: Path, pictures: NDArray[np.uint8] | None) -> "wandb.Table":
+        """The most confident mistakes first, then the least confident of the others."""
+        from PIL import Image
+
+        def order(row: dict[str, str]) -> tuple[bool, float]:
+            wrong = bool(row["label"]) and row["label"] != row["prediction"]
+            confidence = float(row["confidence"])
+            return not wrong, -confidence if wrong else confidence
+
+        with predictions.open(newline="", errors="surrogateescape") as file:
+            rows = heapq.nsmallest(_TABLE_ROWS, csv.DictReader(file), key=order)
+        columns = ["index", "label", "prediction", "confidence"]
+        table = self.wandb.Table(columns=["image", *columns])
+        for row in rows:
+            image = None
+            if pictures is not None:
+                image = self.wandb.Image(Image.fromarray(255 - pictures[int(row["index"])]))
+            label = int(row["label"]) if row["label"] else None
+            digits = int(row["index"]), label, int(row["prediction"])
+            table.add_data(image, *digits, float(row["confidence"]))
+        return table
+
+    def _log_last(self, shown: dict[str, Any]) -> None:
+        """Show something at the last row's step, apart from the rows."""
+        last = (self.folder / "metrics.jsonl").read_bytes().splitlines()[-1]
+        self.connect().log({"step": json.loads(last)["step"], **shown})
+
+    def finished(self) -> None:
+        if self._has("finished"):
+            return
+        run = self.connect()
+        figure = self.folder / "figures/loss_curves.png"  # drawn by another process
+        until = time.monotonic() + self.limits.figures
+        while not figure.exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        if figure.exists():
+            self._log_last({"figures/loss_curves": self.wandb.Image(str(figure))})
+        artifact = self.wandb.Artifact(f"model-{self.place['id']}", type="model")
+        artifact.add_file(str(self.folder / "model.safetensors"))
+        run.log_artifact(artifact)
+        self.items.append("finished")
+
+    def close(self) -> None:
+        """Send what is left, and record what W&B now holds."""
+        if self.run is None:
+            offline = list(filter(_is_offline, self._unsynced()))
+            if offline:
+                self.mode = "offline"
+                self._say_where(offline[-1].parent)
+        else:
+            complete = (self.folder / "model.safetensors").exists()
+            if not complete:
+                self.run.mark_preempting()
+            try:
+                self.run.finish(exit_code=int(not complete))
+            except Exception as error:
+                self.lost.append(_one_line(error))
+            if _SAYS_LOST in (self.folder / "wandb/mirror.log").read_text(errors="replace"):
+                self.lost.append("the server refused it")
+            if not self.lost:
+                self.sent |= dict.fromkeys(self.items, self.mode)
+                self._record()
+                if self.mode == "online":
+                    self._mark_synced()
+        self.say(done=True, warning=self.warning, lost="; ".join(self.lost))
+
+    def _mark_synced(self) -> None:
+        """Keep a later ``wandb sync`` from sending again what the server holds."""
+        if all(mode == "online" for mode in self.sent.values()):
+            for log in self._unsynced():
+                if self._last_step(log) <= self.held:
+                    _synced_mark(log).touch()
+
+
+def _is_offline(log: Path) -> bool:
+    return log.parent.name.startswith("offline-")
+
+
+def _synced_mark(log: Path) -> Path:
+    return log.with_name(f"{log.name}.synced")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _figures(split: str, report: dict[str, Any]) -> dict[str, Any]:
+    """The numbers of a report that go to the run's summary."""
+    named: dict[str, Any] = {"scored": report["scored"]}
+    if report["labelled"]:
+        low, high = report["accuracy_interval_95"]
+        named |= {"accuracy": report["accuracy"], "accuracy_low": low, "accuracy_high": high}
+        named["loss"] = report["cross_entropy"]
+        named["calibration_error"] = report["calibration"]["expected_calibration_error"]
+        if report["without_disputed_labels"]:
+            accuracy = report["without_disputed_labels"]["accuracy"]
+            named["accuracy_without_disputed_labels"] = accuracy
+    return {f"{split}/{name}": value for name, value in named.items()}
+
+
+def _pictures(path: Path) -> NDArray[np.uint8] | None:
+    """The images of an IDX file, n×28×28; None of any other."""
+    if not path.is_file() or path.open("rb").read(4) != b"\0\0\x08\x03":
+        return None
+    return np.memmap(path, np.uint8, "r", 16).reshape(-1, 28, 28)
+
+
+def compose_grid(
+    images: NDArray[np.uint8],
+    labels: NDArray[np.int64],
+    predictions: NDArray[np.int64],
+    confidences: NDArray[Any],
+) -> "Image":
+    """Images with label, prediction and confidence, eight in a row, mistakes framed in red.
 
     Args:
-        path: of ``metrics.jsonl``.
-        epochs: of the whole run.
-        steps: of the whole run.
-        step: steps done before.
-        kept: bytes of the file that stay, by which a run goes on; what follows them is dropped.
+        images: n×28×28, 0 to 255.
+        labels: n digits.
+        predictions: n digits.
+        confidences: n probabilities of the predictions, 0 to 1.
     """
+    from PIL import Image, ImageDraw, ImageFont
 
-    def __init__(self, path: Path, epochs: int, steps: int, step: int = 0, kept: int = 0) -> None:
-        self._file = path.open("a+b")
-        self._file.seek(0)
-        before = self._file.read(kept)
-        if len(before) < kept:
-            print(f"warning: {path} has lost rows", file=sys.stderr, flush=True)
-            before = before[: before.rfind(b"\n") + 1]
-        self._file.truncate(len(before))
-        self._epochs = epochs
-        self._images = 0
-        self._epoch = _nothing()
-        for line in before.splitlines():
-            self._count(json.loads(line))
-        terminal = sys.stderr.isatty()
-        self._bar = tqdm(total=steps, initial=step, unit="step", disable=not terminal, leave=False)
+    columns, width, height, side = 8, 104, 126, 84
+    size = (columns * width, -(-len(images) // columns) * height)
+    sheet, font = Image.new("RGB", size, "white"), ImageFont.load_default(12)
+    draw = ImageDraw.Draw(sheet)
+    for index, (image, label, prediction, confidence) in enumerate(
+        zip(images, labels, predictions, confidences, strict=True)
+    ):
+        left, top = width * (index % columns) + 10, height * (index // columns) + 5
+        color = "black" if label == prediction else _MISTAKE
+        picture = Image.fromarray(255 - image).resize((side, side), Image.Resampling.NEAREST)
+        sheet.paste(picture, (left, top))
+        if label != prediction:
+            draw.rectangle((left - 2, top - 2, left + side + 1, top + side + 1), None, color, 2)
+        text = f"label {label}\nsays {prediction}, {confidence:.1%}"
+        draw.multiline_text((left, top + side + 2), text, color, font, spacing=1)
+    return sheet
 
-    @property
-    def bytes(self) -> int:
-        """The length of ``metrics.jsonl``."""
-        return self._file.tell()
 
-    def log(self, row: dict[str, Any]) -> None:
-        """Record a row; see ``training.fit`` for its keys.
+def compose_confusion(counts: NDArray[np.int64]) -> "Image":
+    """The confusion matrix: labels down, predictions across, 10×10 counts."""
+    from PIL import Image, ImageDraw, ImageFont
 
-        Raises:
-            InputError: the disk is full.
-        """
+    cell, margin = 46, 46
+    side = margin + 10 * cell + 1
+    sheet, font = Image.new("RGB", (side, side), "white"), ImageFont.load_default(13)
+    draw = ImageDraw.Draw(sheet)
+    # Mistakes are a few in a thousand: each kind of cell has a scale of its own.
+    most = {True: counts.diagonal().max(), False: (counts - np.diag(counts.diagonal())).max()}
+    for digit in range(10):
+        middle = margin + (digit + 0.5) * cell
+        draw.text((middle, margin / 2), str(digit), "black", font, "mm")
+        draw.text((margin / 2, middle), str(digit), "black", font, "mm")
+    for (label, prediction), count in np.ndenumerate(counts):
+        right = label == prediction
+        share = 0.6 * count / max(1, most[right])
+        ink = (np.array([69, 123, 157]) if right else np.array([193, 18, 31])) * share
+        fill = tuple((255 * (1 - share) + ink).astype(int).tolist())
+        left, top = margin + prediction * cell, margin + label * cell
+        draw.rectangle((left, top, left + cell, top + cell), fill, "#dddddd")
+        if count:
+            draw.text((left + cell / 2, top + cell / 2), f"{count}", "black", font, "mm")
+    return sheet
+
+
+def _messages(pipe: IO[bytes]) -> Iterable[tuple[Any, ...]]:
+    """What the job's process sends, until it closes the pipe or ends.
+
+    A thread reads it, so that from then on the time is bounded, whatever W&B is waiting for.
+    """
+    inbox: queue.SimpleQueue[tuple[Any, ...] | None] = queue.SimpleQueue()
+
+    def read() -> None:
+        with contextlib.suppress(EOFError, pickle.UnpicklingError):
+            while True:
+                message = pickle.load(pipe)
+                inbox.put(message)
+        inbox.put(None)
+        time.sleep(LIMITS.close)
+        _kill_tree(os.getpid())
+
+    threading.Thread(target=read, daemon=True).start()
+    return iter(inbox.get, None)
+
+
+def _mirror() -> None:
+    for stop in (signal.SIGINT, signal.SIGTERM):  # they are for the job, which then ends this
+        signal.signal(stop, signal.SIG_IGN)
+    os.nice(10)
+    # Nothing of W&B's can ask on this process's input, or be taken for what this process says.
+    messages = _messages(os.fdopen(os.dup(0), "rb"))
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)
+
+    folder, settings, limits = next(iter(messages))
+    home = folder.resolve() / "wandb"
+    for name in ("data", "cache", "artifact"):
+        os.environ[f"WANDB_{name.upper()}_DIR"] = str(home / name)
+    os.environ["WANDB_ERROR_REPORTING"] = "false"
+    os.environ.pop("WANDB_SILENT", None)  # see _SAYS_LOST; all that is printed goes to a file
+    session = _Session(folder, settings, limits, out)
+    for name, *arguments in messages:
         try:
-            self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
-            self._file.flush()
-        except OSError as error:
-            raise InputError(
-                f"{self._file.name}: {error.strerror}; with that solved, the same command goes on "
-                "from the newest checkpoint"
-            ) from None
-        self._bar.set_postfix_str(f"loss {row['train/loss']:.4f}", refresh=False)
-        self._bar.update(row["step"] - self._bar.n)
-        epoch = self._count(row)
-        if epoch is not None:
-            self._say_epoch(row, epoch)
-
-    def _count(self, row: dict[str, Any]) -> dict[str, float] | None:
-        """Add a row to the sums of its epoch; return them where that ends."""
-        images, self._images = row["images"] - self._images, row["images"]
-        self._epoch["images"] += images
-        self._epoch["seconds"] += images / row["images_per_second"]
-        for key in ("train/loss", "train/accuracy"):
-            self._epoch[key] += images * row[key]
-        if row["epoch"] != int(row["epoch"]):
-            return None
-        epoch, self._epoch = self._epoch, _nothing()
-        return epoch
-
-    def _say_epoch(self, row: dict[str, Any], sums: dict[str, float]) -> None:
-        """One line: means over the epoch just ended, and the validation after it."""
-        images = sums["images"]
-        parts = [
-            f"epoch {row['epoch']:{len(str(self._epochs))}.0f}/{self._epochs}",
-            f"training loss {sums['train/loss'] / images:.4f}, "
-            f"accuracy {sums['train/accuracy'] / images:.2%}",
-        ]
-        if "validation/loss" in row:
-            loss, accuracy = row["validation/loss"], row["validation/accuracy"]
-            parts.append(f"validation loss {loss:.4f}, accuracy {accuracy:.2%}")
-        parts.append(f"{images / sums['seconds']:,.0f} images/s")
-        with tqdm.external_write_mode(file=sys.stdout):
-            print("   ".join(parts), flush=True)
-
-    def __enter__(self) -> "Tracker":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-        with suppress(OSError):  # of a full disk, said before
-            self._file.close()
+            getattr(session, name)(*arguments)
+        except Exception as error:
+            traceback.print_exc()
+            session.lost.append(_one_line(error))
+    session.close()
 
 
-class NoTracker(Tracker):
-    """What every other rank has instead."""
-
-    def __init__(self) -> None:
-        pass
-
-    @property
-    def bytes(self) -> int:
-        """Nothing."""
-        return 0
-
-    def log(self, row: dict[str, Any]) -> None:
-        """Do nothing."""
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-
-def _nothing() -> dict[str, float]:
-    return {"images": 0, "seconds": 0.0, "train/loss": 0.0, "train/accuracy": 0.0}
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a ``metrics.jsonl``.
-
-    Raises:
-        InputError: the file is missing, empty or damaged.
-    """
+def main() -> None:
+    """With a run's folder, send what W&B does not hold of it; else be the mirror of a job."""
+    if len(sys.argv) > 1:
+        send_again(Path(sys.argv[1]))
+        return
     try:
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
-    except ValueError:
-        raise InputError(f"{path} is damaged: not one JSON object per line") from None
-    if not rows:
-        raise InputError(f"{path} is damaged: it has no rows")
-    return rows
+        _mirror()
+    except Exception:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)  # W&B's own teardown would wait for a server that has gone
+
+
+if __name__ == "__main__":
+    # As part of the package, so that what arrives and what it is compared with are of one class.
+    from mnist.tracking import main as main_of_package
+
+    main_of_package()

@@ -43,18 +43,17 @@ from mnist.evaluation import (
     predict,
     score,
     summary,
-    wandb_settings,
     write_evaluation,
 )
 from mnist.figures import Painter, draw_curves, draw_predictions
 from mnist.inputs import Inputs, open_mnist
-from mnist.mirror import NoMirror, open_mirror
+from mnist.metrics import NoTracker, Tracker, read_metrics
 from mnist.model import MLP, load_model, model_bytes, save_model
 from mnist.report import Example
 from mnist.run_folder import Start, checkpoints_of, open_run_folder
 from mnist.step import Learner
 from mnist.system import StopRequest, flush_to_disk
-from mnist.tracking import NoTracker, Tracker, read_metrics
+from mnist.tracking import NoMirror, open_mirror, wandb_settings
 
 _VALIDATION_BATCH = 4096  # large enough for full speed; the activations stay in megabytes
 _GPU_STEPS_BETWEEN_LOOKS = 16  # at whether to stop: each waits for the GPU
@@ -382,8 +381,8 @@ def finish(config: TrainConfig, world: World, painter: Painter, mirror: NoMirror
         sample = _sample_predictions(model, inputs, scores.examples.mistakes[:8], config.seed)
         title = f"{folder.name}: {split} images, 24 at random and the 8 most confident mistakes"
         painter.draw(draw_predictions, *sample, title, grid)
-        if unreported:
-            mirror.evaluated(split, evaluation)
+    if test:
+        mirror.evaluated("test", evaluation)
     mirror.finished()
     print_summary(folder, rows)
 

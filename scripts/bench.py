@@ -27,10 +27,10 @@ from mnist.data import fetch_mnist
 from mnist.distributed import World, connect
 from mnist.evaluation import score
 from mnist.inputs import open_mnist
+from mnist.metrics import read_metrics
 from mnist.model import MLP
 from mnist.run_folder import open_run_folder
 from mnist.step import Learner
-from mnist.tracking import read_metrics
 from mnist.training import fit, load_training_data
 
 JOB = Path(__file__).parents[1] / "jobs" / "train.py"

@@ -7,7 +7,7 @@ import pytest
 
 from mnist.data import fetch_mnist
 
-# Of the jobs that tests start; test_mirror.py and test_jobs.py ask for it by an option.
+# Of the jobs that tests start; test_tracking.py and test_jobs.py ask for it by an option.
 os.environ["WANDB_MODE"] = "disabled"
 
 

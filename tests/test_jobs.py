@@ -13,8 +13,8 @@ import pytest
 from safetensors.torch import load_file
 
 from mnist.distributed import usable_cores
+from mnist.metrics import read_metrics
 from mnist.model import MLP
-from mnist.tracking import read_metrics
 
 pytestmark = pytest.mark.launch
 

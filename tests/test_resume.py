@@ -401,6 +401,28 @@ def test_two_starts_at_once_and_no_stale_lock(tmp_path, data_dir):
         wait_for_training(folder, third, (folder / "metrics.jsonl").stat().st_size)
 
 
+def test_run_interrupted_twice_is_one_curve_in_wandb(tmp_path, data_dir):
+    from test_tracking import history, logs, metrics_only
+
+    folder = tmp_path / "runs" / "run"
+    words = [sys.executable, JOB, *OPTIONS, "--epochs", "25", "--run-name", "run"]
+    words += ["--data-dir", data_dir, "--wandb", "offline", "--checkpoint-every", "20"]
+    for number in (signal.SIGTERM, signal.SIGKILL, None):
+        rows = folder / "metrics.jsonl"
+        with started(words, tmp_path) as process:
+            if number is not None:
+                wait_for_training(
+                    folder, process, 6000 + (rows.stat().st_size if rows.exists() else 0)
+                )
+                process.send_signal(number)
+            out, said = process.communicate(timeout=100)
+        assert process.returncode == {signal.SIGTERM: 75, signal.SIGKILL: -9}.get(number, 0), said
+    assert "wandb sync" in out and "wandb leet run" in out and "warning" not in said
+    sent = [row for log in logs(folder) for row in metrics_only(history(log))]
+    assert len(logs(folder)) == 3
+    assert sent == [json.loads(line) for line in rows.read_text().splitlines()]
+
+
 SIGNALLED = """
 import sys, time
 from mnist.system import StopRequest

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from mnist.config import InputError, TrainConfig
 from mnist.data import load_mnist, split_validation
 from mnist.distributed import World
+from mnist.metrics import read_metrics
 from mnist.model import load_model
 from mnist.run_folder import open_run_folder
-from mnist.tracking import read_metrics
 from mnist.training import fit, schedule
 
 WORLD = World(threads=1)

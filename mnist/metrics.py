@@ -1,0 +1,140 @@
+"""Where a run's rows go: metrics.jsonl, and the progress display of rank 0."""
+
+import json
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from mnist.config import InputError
+
+
+class Tracker:
+    """Takes the rows of one run: writes each to ``metrics.jsonl`` and shows how far it is.
+
+    A terminal gets a bar, and like every other output one line per epoch.
+
+    Args:
+        path: of ``metrics.jsonl``.
+        epochs: of the whole run.
+        steps: of the whole run.
+        step: steps done before.
+        kept: bytes of the file that stay, by which a run goes on; what follows them is dropped.
+    """
+
+    def __init__(self, path: Path, epochs: int, steps: int, step: int = 0, kept: int = 0) -> None:
+        self._file = path.open("a+b")
+        self._file.seek(0)
+        before = self._file.read(kept)
+        if len(before) < kept:
+            print(f"warning: {path} has lost rows", file=sys.stderr, flush=True)
+            before = before[: before.rfind(b"\n") + 1]
+        self._file.truncate(len(before))
+        self._epochs = epochs
+        self._images = 0
+        self._epoch = _nothing()
+        for line in before.splitlines():
+            self._count(json.loads(line))
+        terminal = sys.stderr.isatty()
+        self._bar = tqdm(total=steps, initial=step, unit="step", disable=not terminal, leave=False)
+
+    @property
+    def bytes(self) -> int:
+        """The length of ``metrics.jsonl``."""
+        return self._file.tell()
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Record a row; see ``training.fit`` for its keys.
+
+        Raises:
+            InputError: the disk is full.
+        """
+        try:
+            self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+            self._file.flush()
+        except OSError as error:
+            raise InputError(
+                f"{self._file.name}: {error.strerror}; with that solved, the same command goes on "
+                "from the newest checkpoint"
+            ) from None
+        self._bar.set_postfix_str(f"loss {row['train/loss']:.4f}", refresh=False)
+        self._bar.update(row["step"] - self._bar.n)
+        epoch = self._count(row)
+        if epoch is not None:
+            self._say_epoch(row, epoch)
+
+    def _count(self, row: dict[str, Any]) -> dict[str, float] | None:
+        """Add a row to the sums of its epoch; return them where that ends."""
+        images, self._images = row["images"] - self._images, row["images"]
+        self._epoch["images"] += images
+        self._epoch["seconds"] += images / row["images_per_second"]
+        for key in ("train/loss", "train/accuracy"):
+            self._epoch[key] += images * row[key]
+        if row["epoch"] != int(row["epoch"]):
+            return None
+        epoch, self._epoch = self._epoch, _nothing()
+        return epoch
+
+    def _say_epoch(self, row: dict[str, Any], sums: dict[str, float]) -> None:
+        """One line: means over the epoch just ended, and the validation after it."""
+        images = sums["images"]
+        parts = [
+            f"epoch {row['epoch']:{len(str(self._epochs))}.0f}/{self._epochs}",
+            f"training loss {sums['train/loss'] / images:.4f}, "
+            f"accuracy {sums['train/accuracy'] / images:.2%}",
+        ]
+        if "validation/loss" in row:
+            loss, accuracy = row["validation/loss"], row["validation/accuracy"]
+            parts.append(f"validation loss {loss:.4f}, accuracy {accuracy:.2%}")
+        parts.append(f"{images / sums['seconds']:,.0f} images/s")
+        with tqdm.external_write_mode(file=sys.stdout):
+            print("   ".join(parts), flush=True)
+
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+        with suppress(OSError):  # of a full disk, said before
+            self._file.close()
+
+
+class NoTracker(Tracker):
+    """What every other rank has instead."""
+
+    def __init__(self) -> None:
+        pass
+
+    @property
+    def bytes(self) -> int:
+        """Nothing."""
+        return 0
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Do nothing."""
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def _nothing() -> dict[str, float]:
+    return {"images": 0, "seconds": 0.0, "train/loss": 0.0, "train/accuracy": 0.0}
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a ``metrics.jsonl``.
+
+    Raises:
+        InputError: the file is missing, empty or damaged.
+    """
+    try:
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    except ValueError:
+        raise InputError(f"{path} is damaged: not one JSON object per line") from None
+    if not rows:
+        raise InputError(f"{path} is damaged: it has no rows")
+    return rows
