@@ -11,7 +11,13 @@ import os
 import sys
 from pathlib import Path
 
-from mnist.config import EXIT_CODE_FILE, InputError, exit_codes, parse_evaluate_config, parse_train_config
+from mnist.config import (
+    EXIT_CODE_FILE,
+    InputError,
+    exit_codes,
+    parse_evaluate_config,
+    parse_train_config,
+)
 
 _PARSERS = {"train.py": parse_train_config, "evaluate.py": parse_evaluate_config}
 

@@ -36,12 +36,14 @@ def summarise(folder: Path) -> dict[str, Any]:
     groups: dict[str, list[str]] = {}
     for name in complete:
         groups.setdefault(str([settings[name][key] for key in varied]), []).append(name)
-    ranking = [
+    ranking: list[dict[str, Any]] = [
         {
             "settings": {key: settings[names[0]][key] for key in varied},
             "seeds": [settings[name]["seed"] for name in names],
             "validation_accuracy": _spread([_validation_accuracy(folder / n) for n in names]),
-            "test_accuracy": None if varied else _spread([_test_accuracy(folder / n) for n in names]),
+            "test_accuracy": None
+            if varied
+            else _spread([_test_accuracy(folder / n) for n in names]),
         }
         for names in groups.values()
     ]

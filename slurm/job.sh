@@ -1,4 +1,4 @@
-# shellcheck shell=bash
+#!/usr/bin/env bash
 # What the jobs of this folder share; each sources it with its clone in $root.
 
 : "${root:?}"

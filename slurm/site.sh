@@ -1,4 +1,4 @@
-# shellcheck shell=bash
+#!/usr/bin/env bash
 # What a site sets, for all jobs of this folder. Here, or in the environment of sbatch, which wins.
 #
 # Partition, account, time limit, cores and GPUs are SLURM's own: options of sbatch, or its variables
