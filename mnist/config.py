@@ -237,7 +237,7 @@ def _require_processes(config: TrainConfig | EvaluateConfig) -> None:
 
 
 # What a run computes depends on these alone; a run is only ever continued with the same ones.
-NUMERIC = (
+_NUMERIC = (
     "seed epochs batch_size hidden_sizes optimizer learning_rate schedule warmup momentum nesterov "
     "weight_decay label_smoothing precision exact_sums validation_size"
 ).split()
@@ -264,7 +264,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 def numeric_settings(config: TrainConfig) -> dict[str, Any]:
     """The settings that change the numbers, in plain YAML types."""
-    return {name: to_yaml(config)[name] for name in NUMERIC}
+    return {name: to_yaml(config)[name] for name in _NUMERIC}
 
 
 def to_yaml(config: TrainConfig) -> dict[str, Any]:

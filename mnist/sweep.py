@@ -4,15 +4,16 @@ Writes ``summary.json`` and ``summary.txt`` into the folder, and prints the latt
 """
 
 import json
+import re
 import statistics
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import yaml
 from filelock import FileLock
 
-from mnist.config import NUMERIC, exit_codes, option
+from mnist.config import exit_codes
 from mnist.system import write_file
 from mnist.tracking import read_metrics
 
@@ -25,27 +26,17 @@ def summarise(folder: Path) -> dict[str, Any]:
     tasks = folder / ".tasks"  # a file per task: its run's name and, at its end, its exit code
     started = [path.read_text().split() for path in sorted(tasks.glob("[0-9]*"))]
     complete = [name for name, *_ in started if (folder / name / "model.safetensors").exists()]
-    settings = {
-        name: yaml.safe_load((folder / name / "config.yaml").read_text()) for name in complete
-    }
-    varied = [
-        key
-        for key in NUMERIC
-        if key != "seed" and len({str(values[key]) for values in settings.values()}) > 1
-    ]
-    groups: dict[str, list[str]] = {}
+    groups: dict[str, list[Path]] = {}
     for name in complete:
-        groups.setdefault(str([settings[name][key] for key in varied]), []).append(name)
+        groups.setdefault(re.sub(r"\bseed=\d+", "", name).strip("+"), []).append(folder / name)
     ranking: list[dict[str, Any]] = [
         {
-            "settings": {key: settings[names[0]][key] for key in varied},
-            "seeds": [settings[name]["seed"] for name in names],
-            "validation_accuracy": _spread([_validation_accuracy(folder / n) for n in names]),
-            "test_accuracy": None
-            if varied
-            else _spread([_test_accuracy(folder / n) for n in names]),
+            "settings": settings,  # those that the runs' names tell
+            "runs": [run.name for run in runs],
+            "validation_accuracy": _spread(map(_validation_accuracy, runs)),
+            "test_accuracy": None if settings else _spread(map(_test_accuracy, runs)),
         }
-        for names in groups.values()
+        for settings, runs in groups.items()
     ]
     ranking.sort(key=lambda row: -(row["validation_accuracy"] or {"mean": 0})["mean"])
     count = int((tasks / "count").read_text())
@@ -73,7 +64,8 @@ def _test_accuracy(run: Path) -> float | None:
     return json.loads(report.read_text())["accuracy"] if report.exists() else None
 
 
-def _spread(values: list[float | None]) -> dict[str, Any] | None:
+def _spread(accuracies: Iterable[float | None]) -> dict[str, Any] | None:
+    values = list(accuracies)
     known = [value for value in values if value is not None]
     if not known:
         return None
@@ -89,20 +81,17 @@ def _spread(values: list[float | None]) -> dict[str, Any] | None:
 def table(summary: dict[str, Any]) -> str:
     """A summary in lines to read."""
     lines = [f"{summary['sweep']}: {summary['complete']} of {summary['tasks']} runs complete", ""]
-    rows = [["rank", "seeds", "validation accuracy", "test accuracy"]]
-    names = list(summary["ranking"][0]["settings"]) if summary["ranking"] else []
-    rows[0][3:] = map(option, names) if names else rows[0][3:]
+    rows = [("rank", "settings", "runs", "validation accuracy", "test accuracy")]
     for rank, row in enumerate(summary["ranking"], 1):
-        rows.append([str(rank), str(len(row["seeds"])), _shown(row["validation_accuracy"])])
-        rows[-1] += [str(row["settings"][n]) for n in names] or [_shown(row["test_accuracy"])]
+        accuracies = _shown(row["validation_accuracy"]), _shown(row["test_accuracy"])
+        rows.append((str(rank), row["settings"] or "the same", str(len(row["runs"])), *accuracies))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        lines.append("  ".join(cells).rstrip())
+    for cells in rows:
+        padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+        lines.append("  ".join(padded).rstrip())
     lines.append("")
     for run in summary["incomplete"]:
-        code = run["code"]
-        ended = "still to end, or lost" if code is None else f"ended with code {code}"
+        ended = "running or lost" if run["code"] is None else f"ended with code {run['code']}"
         lines.append(f"not complete: {run['run']}, {ended}")
     if summary["not_started"]:
         lines.append(f"not started: {summary['not_started']}")
@@ -111,12 +100,12 @@ def table(summary: dict[str, Any]) -> str:
 
 def _shown(accuracy: dict[str, Any] | None) -> str:
     if accuracy is None:
-        return "unknown"
-    deviation = accuracy["standard_deviation"]
-    if deviation is None:
-        return f"{accuracy['mean']:.2%}"
-    extremes = f"({accuracy['lowest']:.2%} to {accuracy['highest']:.2%})"
-    return f"{accuracy['mean']:.2%} ± {100 * deviation:.2f} {extremes}"
+        return "-"
+    shown = f"{accuracy['mean']:.2%}"
+    if accuracy["standard_deviation"] is not None:
+        shown += f" ± {100 * accuracy['standard_deviation']:.2f}"
+        shown += f" ({accuracy['lowest']:.2%} to {accuracy['highest']:.2%})"
+    return shown
 
 
 if __name__ == "__main__":
@@ -126,4 +115,4 @@ if __name__ == "__main__":
             summary = summarise(sweep)
             write_file(sweep / "summary.json", json.dumps(summary, indent=2) + "\n")
             write_file(sweep / "summary.txt", table(summary))
-        print(table(summary), end="")
+        print(f"\n{table(summary)}", end="")
