@@ -4,8 +4,12 @@
 : "${root:?}"
 # shellcheck source=slurm/site.sh
 source "$root/slurm/site.sh"
-# shellcheck disable=SC1090
-[ -z "$MNIST_PROFILE" ] || source "$MNIST_PROFILE"
+if [ -n "$MNIST_PROFILE" ]; then
+    set +u # such files seldom pass
+    # shellcheck disable=SC1090
+    source "$MNIST_PROFILE"
+    set -u
+fi
 export MNIST_DATA_DIR PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 # Torch warns where an address has no name.
 export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}

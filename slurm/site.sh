@@ -15,7 +15,8 @@
 : "${MNIST_RUNS_DIR:=runs}"
 : "${MNIST_DATA_DIR:=data}"
 
-# How often in a row a job may end by a failure (code 1: a bug, a lost node) before it is given up.
+# How often in a row a job may end without having saved (a bug, a lost process; not bad input, which
+# is never tried again) before it is given up. A lost node that SLURM sees first is not counted.
 : "${MNIST_FAILURES:=3}"
 
 # Where a node's name leads to the wrong network: export GLOO_SOCKET_IFNAME=… (CPUs) or

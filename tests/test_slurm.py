@@ -18,7 +18,9 @@ from test_jobs import LAUNCHERS, SMALL
 
 ROOT = Path(__file__).parents[1]
 SLURM = ROOT / "slurm"
-LACK = [name for name in ("slurmctld", "slurmd", "munged", "ip", "unshare") if not shutil.which(name)]
+LACK = [
+    name for name in ("slurmctld", "slurmd", "munged", "ip", "unshare") if not shutil.which(name)
+]
 
 pytestmark = [
     pytest.mark.launch,
@@ -107,7 +109,7 @@ def cluster(tmp_path_factory, data_dir):
     folder = tmp_path_factory.mktemp("cluster")
     clean = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
     clean |= {"MNIST_DATA_DIR": str(data_dir), "MNIST_PYTHON": sys.executable}
-    # Many a start imports the same modules: without compiling them each time, it takes half as long.
+    # Many starts import the same modules, and compile them once instead of each time.
     clean.pop("PYTHONDONTWRITEBYTECODE", None)
     clean["PYTHONPYCACHEPREFIX"] = str(tmp_path_factory.mktemp("compiled"))
     for number in range(1, 9):  # others may test on this machine
@@ -207,7 +209,9 @@ def test_sweep_summarises_what_did_not_fail(cluster, jobs):
     assert [run["code"] for run in summary["incomplete"]] == [2]
     assert "2 of 3 runs complete" in (folder / "summary.txt").read_text()
     for seed in (0, 1):
-        settings = yaml.safe_load((folder / f"learning-rate=0.1+seed={seed}/config.yaml").read_text())
+        settings = yaml.safe_load(
+            (folder / f"learning-rate=0.1+seed={seed}/config.yaml").read_text()
+        )
         assert settings["seed"] == seed and settings["learning_rate"] == 0.1
         assert settings["evaluate"] == "none"
     times = [(task["StartTime"], task["EndTime"]) for task in tasks]
