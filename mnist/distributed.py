@@ -297,11 +297,15 @@ def _commit() -> str | None:
         return None
 
 
-def launch(script: str, arguments: list[str], processes: int | None) -> int:
+def launch(
+    script: str, arguments: list[str], processes: int | None, rendezvous: str | None = None
+) -> int:
     """Run `accelerate launch script arguments` in this process.
 
     Args:
         processes: the size of the world; by default all GPUs, or one process where there are none.
+        rendezvous: address and port of the first node, where the launchers of a SLURM step meet,
+            of which each node has one.
 
     Returns:
         The exit code of the job itself, which Accelerate turns into a 1 and a traceback.
@@ -312,16 +316,20 @@ def launch(script: str, arguments: list[str], processes: int | None) -> int:
 
     logging.disable()  # the launchers' own lines; the job's are its own process's
     processes = processes or max(1, torch.accelerator.device_count())
-    topology = ["--num_processes", str(processes), "--num_machines", "1", "--dynamo_backend", "no"]
-    topology += ["--mixed_precision", _launcher_precision()]
+    machines = _environment_number("SLURM_STEP_NUM_NODES", 1) if rendezvous else 1
+    topology = ["--num_processes", str(processes), "--num_machines", str(machines)]
+    topology += ["--mixed_precision", _launcher_precision(), "--dynamo_backend", "no"]
     if processes > 1:  # --multi_gpu is the launcher that forms a world, on CPUs too
-        topology += ["--multi_gpu", "--main_process_port", "0"]
+        address, _, port = (rendezvous or ":0").rpartition(":")
+        topology += ["--multi_gpu", "--main_process_port", port]
+        if machines > 1:
+            topology += ["--main_process_ip", address, "--machine_rank", os.environ["SLURM_NODEID"]]
     # Before the user's own, which wins.
     job = [script, "--expect-world-size", str(processes), *arguments]
     for number in StopRequest.SIGNALS:
         signal.signal(number, _pass_on)
-    with tempfile.NamedTemporaryFile("r") as code_file:
-        os.environ[EXIT_CODE_FILE] = code_file.name
+    with tempfile.NamedTemporaryFile() as aside:
+        code_file = Path(os.environ.setdefault(EXIT_CODE_FILE, aside.name))
         try:
             launch_command(launch_command_parser().parse_args([*topology, *job]))
         except subprocess.CalledProcessError as error:
@@ -329,7 +337,7 @@ def launch(script: str, arguments: list[str], processes: int | None) -> int:
         except ChildFailedError as error:
             return _shell_code(error.get_first_failure()[1].exitcode)
         except SignalException as error:  # the workers were given time to end
-            return int(code_file.read() or 128 + error.sigval)
+            return int(code_file.read_text() or 128 + error.sigval)
     return 0
 
 

@@ -1,13 +1,23 @@
 """What ``scripts/*`` run: a job under ``accelerate launch``, with options checked beforehand.
 
 python -m mnist.launch JOB [--processes N] [options of jobs/train.py or jobs/evaluate.py]
+
+On several nodes of a cluster it is started once on each, as slurm/job.sh does, with the address and
+a free port of the first: --rendezvous ADDRESS:PORT.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
-from mnist.config import InputError, exit_codes, parse_evaluate_config, parse_train_config
+from mnist.config import (
+    EXIT_CODE_FILE,
+    InputError,
+    exit_codes,
+    parse_evaluate_config,
+    parse_train_config,
+)
 
 _PARSERS = {"train.py": parse_train_config, "evaluate.py": parse_evaluate_config}
 
@@ -16,12 +26,15 @@ def main(script: str, arguments: list[str]) -> None:
     """Check the options, then launch; ends the process with the job's exit code."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--processes", type=int)
+    parser.add_argument("--rendezvous")
     try:
         ours, options = parser.parse_known_args(arguments)
     except argparse.ArgumentError as error:
-        raise InputError(f"--processes: {error.message}") from None
+        raise InputError(f"{error.argument_name}: {error.message}") from None
     if ours.processes is not None and ours.processes < 1:
         raise InputError(f"--processes takes 1 or more, not {ours.processes}")
+    if ours.rendezvous and os.environ.get("SLURM_NODEID") != "0":
+        os.environ.pop(EXIT_CODE_FILE, None)  # the job's code is that of the first node
     job = Path(script)
     if {"-h", "--help"} & set(options):
         print(
@@ -31,7 +44,7 @@ def main(script: str, arguments: list[str]) -> None:
     _PARSERS[job.name](options)  # so that a mistake is answered before anything is launched
     from mnist.distributed import launch
 
-    code = launch(script, options, ours.processes)
+    code = launch(script, options, ours.processes, ours.rendezvous)
     sys.exit(code)
 
 

@@ -1,0 +1,83 @@
+"""The summary of a sweep, from folders as its tasks leave them."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from mnist.sweep import summarise, table
+
+
+def make_run(folder, name, validation, test=None):
+    run = folder / name
+    (run / "evaluation/test").mkdir(parents=True)
+    (run / "model.safetensors").touch()
+    rows = [{"validation/accuracy": 0.99}, {"validation/accuracy": validation}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if test is not None:
+        (run / "evaluation/test/report.json").write_text(json.dumps({"accuracy": test}))
+
+
+def make_tasks(folder, *tasks, count=None):
+    (folder / ".tasks").mkdir()
+    (folder / ".tasks/count").write_text(f"{count or len(tasks)}\n")
+    for number, task in enumerate(tasks):
+        (folder / ".tasks" / str(number)).write_text(f"{task}\n")
+
+
+def test_grid_is_ranked_by_validation_and_shows_no_test_accuracy(tmp_path):
+    grid = {
+        "learning-rate=1e+0+seed=0": (0.5, 0.99),
+        "learning-rate=0.1+seed=0": (0.9, 0.6),
+        "learning-rate=0.1+seed=1": (0.8, 0.6),
+        "learning-rate=0.2+seed=0": (0.88, 0.5),
+    }
+    for name, accuracies in grid.items():
+        make_run(tmp_path, name, *accuracies)
+    lost = ["learning-rate=0.2+seed=1 2", "learning-rate=1e+0+seed=1"]
+    make_tasks(tmp_path, *(f"{name} 0" for name in grid), *lost, count=8)
+    summary = summarise(tmp_path)
+    ranking = summary["ranking"]
+    assert [row["settings"] for row in ranking] == [
+        "learning-rate=0.2",
+        "learning-rate=0.1",
+        "learning-rate=1e+0",
+    ]
+    assert ranking[1]["validation_accuracy"] == {
+        "mean": pytest.approx(0.85),
+        "standard_deviation": pytest.approx(0.0707, abs=1e-4),
+        "lowest": 0.8,
+        "highest": 0.9,
+        "of_each": [0.9, 0.8],
+    }
+    assert all(row["test_accuracy"] is None for row in ranking)
+    assert summary["complete"] == 4 and summary["not_started"] == 2
+    assert [run["code"] for run in summary["incomplete"]] == [2, None]
+    shown = table(summary)
+    assert "4 of 8" in shown and "85.00% ± 7.07 (80.00% to 90.00%)" in shown
+    assert "learning-rate=0.2+seed=1, ended with code 2" in shown and "not started: 2" in shown
+
+
+def test_seeds_of_the_same_settings_show_test_accuracy(tmp_path):
+    for seed, accuracy in enumerate((0.97, 0.98)):
+        make_run(tmp_path, f"seed={seed}", 0.9, accuracy)
+    make_tasks(tmp_path, "seed=0 0", "seed=1 0")
+    command = [sys.executable, "-m", "mnist.sweep", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    [row] = json.loads((tmp_path / "summary.json").read_text())["ranking"]
+    assert row["test_accuracy"]["of_each"] == [0.97, 0.98]
+    assert "97.50% ± 0.71" in done.stdout
+    assert done.stdout.strip() == (tmp_path / "summary.txt").read_text().strip()
+
+
+def test_runs_without_validation_images(tmp_path):
+    make_run(tmp_path, "seed=0", None, 0.97)
+    make_tasks(tmp_path, "seed=0 0")
+    [row] = summarise(tmp_path)["ranking"]
+    assert row["validation_accuracy"] is None and row["test_accuracy"]["mean"] == 0.97
+
+
+def test_sweep_of_nothing_but_failures(tmp_path):
+    make_tasks(tmp_path, "seed=0 2", "seed=1 1")
+    assert "0 of 2" in table(summarise(tmp_path))
