@@ -59,6 +59,8 @@ def open_run_folder(config: TrainConfig, world: World, stack: ExitStack) -> Star
             return Start(complete=True)
         folder.mkdir(exist_ok=True)
         start = _find_start(config)
+        if start.precision == "fp16" and world.device.type == "cpu":
+            raise InputError(f"{folder} is a run in fp16, which takes a GPU to go on")
         write_file(folder / "config.yaml", yaml.safe_dump(to_yaml(config), sort_keys=False))
         _record_environment(folder / "environment.json", world, start)
     except FileExistsError:
