@@ -139,7 +139,7 @@ echo "3.13 {tmp_path}/bin/python3.13"
 def test_unknown_option(clone):
     run = subprocess.run([clone / "scripts" / "setup", "--lok"], capture_output=True, text=True)
     assert run.returncode == 2
-    assert run.stderr == "scripts/setup: unknown option --lok (takes none, or --lock)\n"
+    assert run.stderr == "scripts/setup: unknown option --lok (takes none, --lock or --adopt)\n"
 
 
 @pytest.mark.network
