@@ -15,6 +15,10 @@ export MNIST_DATA_DIR PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
 read -ra python <<<"$MNIST_PYTHON"
 
+# A task of an array may be started again under another $SLURM_JOB_ID.
+job_id=${SLURM_JOB_ID:-} # none in pipeline.sh
+[ -z "${SLURM_ARRAY_JOB_ID:-}" ] || job_id=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+
 say() { printf '%(%T)T %s: %s\n' -1 "$SLURM_JOB_NAME" "$*" >&2; }
 
 # Nothing waits in a trap, and $(…) in one would crash this shell. Told SIGTERM, srun kills; told
@@ -38,7 +42,7 @@ choose_port() {
 # return where SLURM is to start the whole batch job again: after 75, and after a failure, unless
 # there were $MNIST_FAILURES in a row.
 run_job() {
-    local job=$1 state=$MNIST_RUNS_DIR/.slurm/$SLURM_JOB_ID processes node_processes threads code port
+    local job=$1 state=$MNIST_RUNS_DIR/.slurm/$job_id processes node_processes threads code port
     local node=${SLURMD_NODENAME:-$(hostname)}
     shift
     node_processes=$((${SLURM_GPUS_ON_NODE:-0} > 0 ? SLURM_GPUS_ON_NODE : 1))
@@ -89,11 +93,9 @@ run_job() {
 
 # Unless the job is ending anyway: cancelled by its user, or requeued already.
 start_again() {
-    local id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
-    id=${id:-$SLURM_JOB_ID}
-    if [ "$(squeue -h -j "$id" -o %T)" = RUNNING ]; then
+    if [ "$(squeue -h -j "$job_id" -o %T)" = RUNNING ]; then
         say "$2: requeued"
-        scontrol requeue "$id" && exit "$1" # if SLURM has not ended it before
+        scontrol requeue "$job_id" && exit "$1" # if SLURM has not ended it before
     fi
     say "$2: not requeued from here"
 }
