@@ -4,8 +4,12 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from mnist.data import fetch_mnist
+
+# Two threads are 10 times slower than one while another process wants a core.
+torch.set_num_threads(1)
 
 # Of the jobs that tests start; test_tracking.py and test_jobs.py ask for it by an option.
 os.environ["WANDB_MODE"] = "disabled"

@@ -91,16 +91,16 @@ def test_run_interrupted_anywhere_ends_with_the_same_bits(tmp_path, data_dir, na
     world = World(threads=1, precision=torch.bfloat16) if name == "bf16" else WORLD
     alone = config(tmp_path / "alone", data_dir, **settings)
     expected = train(alone, world=world)
-    # 10 steps an epoch: inside one, at a row, at a checkpoint, at an epoch's end, and right after.
-    for step in (1, 6, 8, 10, 11, 39):
+    # 10 steps an epoch: inside one, at a row, at an epoch's end, at a row and checkpoint.
+    for step in (1, 9, 10, 36):
         victim = config(tmp_path / f"{name}-{step}", data_dir, **settings)
         interrupt(victim, step, world)
         assert f"interrupted at step {step}: saved" in capsys.readouterr().err
         assert (train(victim, world=world) == expected).all()
         assert stress.rows(victim.run_folder) == stress.rows(alone.run_folder)
     victim = config(tmp_path / "often", data_dir, **settings)
-    for _ in range(13):
-        interrupt(victim, 3, world)
+    for _ in range(5):
+        interrupt(victim, 7, world)
     assert (train(victim, world=world) == expected).all()
     assert stress.rows(victim.run_folder) == stress.rows(alone.run_folder)
 
