@@ -46,7 +46,13 @@ def docker(*arguments: str | Path, timeout: float = 120) -> subprocess.Completed
 
 def run(image: str, *arguments: str | Path, options: tuple = ()) -> tuple[int, str]:
     """Exit code and output of a container without network."""
-    done = docker("run", "--rm", "--network", "none", *options, image, *arguments)
+    name = f"mnist-test-{uuid.uuid4().hex[:8]}"
+    where = ("--rm", "--name", name, "--network", "none")
+    try:
+        done = docker("run", *where, *options, image, *arguments)
+    except subprocess.TimeoutExpired:  # that ended the client alone
+        docker("rm", "--force", name)
+        raise
     return done.returncode, done.stdout + done.stderr
 
 
