@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mnist.system import write_file
+from mnist.system import StopRequest, write_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,7 +65,8 @@ class Painter:
 
 def _draw_what_arrives() -> bool:
     """Returns whether a figure could not be written."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the job, which then ends this
+    for stop in StopRequest.SIGNALS:  # they are for the job, which then ends this
+        signal.signal(stop, signal.SIG_IGN)
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # of a home that is not writable
     figure = _new_figure(1, 1)
     figure.text(0, 0, "loads the fonts")

@@ -32,7 +32,7 @@ import yaml
 from numpy.typing import NDArray
 
 from mnist.config import EvaluateConfig, TrainConfig
-from mnist.system import write_file
+from mnist.system import StopRequest, write_file
 
 if TYPE_CHECKING:
     import wandb
@@ -638,7 +638,7 @@ def _messages(pipe: IO[bytes]) -> Iterable[tuple[Any, ...]]:
 
 
 def _mirror() -> None:
-    for stop in (signal.SIGINT, signal.SIGTERM):  # they are for the job, which then ends this
+    for stop in StopRequest.SIGNALS:  # they are for the job, which then ends this
         signal.signal(stop, signal.SIG_IGN)
     os.nice(10)
     # Nothing of W&B's can ask on this process's input, or be taken for what this process says.
