@@ -279,11 +279,8 @@ LINES = {
     ("line", "number"),
     [
         ("job", signal.SIGUSR1),
-        ("scripts/train", signal.SIGTERM),
         ("scripts/train", signal.SIGINT),
         ("scripts/train of two", signal.SIGTERM),
-        ("scripts/train of two", signal.SIGINT),
-        ("scripts/train of two", signal.SIGUSR1),
     ],
 )
 def test_signal_saves_ends_with_75_and_the_same_command_goes_on(
@@ -485,10 +482,9 @@ def test_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path, data_dir):
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("world", [1, 2])
-def test_runs_killed_at_random_end_as_if_nothing_had_happened(tmp_path, data_dir, world):
+def test_runs_killed_at_random_end_as_if_nothing_had_happened(tmp_path, data_dir):
     # The short form of tests/stress.py: the launcher, a worker, the whole tree.
-    assert stress.stress(tmp_path, data_dir, world, kills=3, seed=world) >= 1
+    assert stress.stress(tmp_path, data_dir, world=2, kills=3, seed=2) >= 1
 
 
 # ------------------------------------------------------------------------------- golden losses
