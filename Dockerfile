@@ -19,8 +19,8 @@ WORKDIR /app
 ARG TORCH_INDEX=""
 RUN --mount=type=bind,source=requirements.txt,target=/app/requirements.txt \
     --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
-    --mount=type=cache,target=/root/.cache/pip <<'SCRIPT'
-export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_PROGRESS_BAR=off
+    --mount=type=cache,target=/pip-cache <<'SCRIPT'
+export PIP_CACHE_DIR=/pip-cache PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_PROGRESS_BAR=off
 python3 -m venv .venv
 if [ -z "$TORCH_INDEX" ]; then
     .venv/bin/pip install --require-hashes -r requirements.txt
