@@ -138,6 +138,7 @@ def connect(config: TrainConfig | EvaluateConfig) -> World:
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)
     try:
+        _meet_after_restart()
         accelerator = Accelerator(
             # Without `cpu`, several CPU processes silently form as many worlds of one.
             cpu=not torch.accelerator.is_available(),
@@ -159,6 +160,28 @@ def connect(config: TrainConfig | EvaluateConfig) -> World:
     # One for all: machines may differ in what they multiply natively.
     precision = world.from_main(lambda: _precision(config.precision, world.device))
     return dataclasses.replace(world, precision=PRECISIONS[precision])
+
+
+def _meet_after_restart() -> None:
+    """Form the group of processes that a launcher of torch's has started again.
+
+    The launcher hands them the store of those that have gone, with the addresses of these: whoever
+    reads one before its successor has written its own would call a dead process. (On several
+    machines the launchers may count restarts differently, so that there it is left to torch.)
+    """
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    one_machine = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    if restarts == "0" or not one_machine or _environment_number("WORLD_SIZE", 1) == 1:
+        return
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    store, rank, size = next(dist.rendezvous("env://", timeout=_COLLECTIVE_TIMEOUT))
+    dist.init_process_group(
+        dist.get_default_backend_for_device(device),
+        store=dist.PrefixStore(f"restart {restarts}", store),
+        rank=rank,
+        world_size=size,
+        timeout=_COLLECTIVE_TIMEOUT,
+    )
 
 
 def _environment_number(name: str, default: int, least: int = 1) -> int:

@@ -109,9 +109,6 @@ def cluster(tmp_path_factory, data_dir):
     folder = tmp_path_factory.mktemp("cluster")
     clean = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
     clean |= {"MNIST_DATA_DIR": str(data_dir), "MNIST_PYTHON": sys.executable}
-    # Many starts import the same modules, and compile them once instead of each time.
-    clean.pop("PYTHONDONTWRITEBYTECODE", None)
-    clean["PYTHONPYCACHEPREFIX"] = str(tmp_path_factory.mktemp("compiled"))
     for number in range(1, 9):  # others may test on this machine
         lock = FileLock(f"/run/mnist-slurm-{number}.lock")
         try:
