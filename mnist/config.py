@@ -81,8 +81,9 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Of the large matrix products; auto: the launcher's, else bf16 where it is native."""
     exact_sums: bool = True
-    """In fp32 on CPUs, sum gradients over images in float64: then worlds of any size end with
-    the same weights, mostly to the last bit. A step takes 1.5 times as long."""
+    """In fp32 on CPUs, have every process sum the gradients of the whole global batch, in the same
+    order: then worlds of any size end with the same weights. Free for one process; of several,
+    each does this part of a step alone."""
     threads: int | None = None
     """CPU threads per process; by default all cores this process may use, shared by the
     processes of a machine."""

@@ -22,6 +22,7 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor
 from torch import distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from mnist.config import EXIT_CODE_FILE, EvaluateConfig, InputError, TrainConfig, WorldError
 from mnist.system import StopRequest, die_with_parent
@@ -69,6 +70,13 @@ class World:
         if self.size > 1:
             with _contact():
                 dist.all_reduce(tensor)
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The flat tensors of all ranks, of one length, as rows."""
+        gathered = tensor.new_empty(self.size * len(tensor))
+        with _contact():
+            dist.all_gather_into_tensor(gathered, tensor)
+        return gathered.view(self.size, -1)
 
     def meet(self) -> None:
         """Wait until every rank is here."""
@@ -174,10 +182,10 @@ def _meet_after_restart() -> None:
     if restarts == "0" or not one_machine or _environment_number("WORLD_SIZE", 1) == 1:
         return
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    store, rank, size = next(dist.rendezvous("env://", timeout=_COLLECTIVE_TIMEOUT))
+    store, rank, size = next(rendezvous("env://", timeout=_COLLECTIVE_TIMEOUT))
     dist.init_process_group(
         dist.get_default_backend_for_device(device),
-        store=dist.PrefixStore(f"restart {restarts}", store),
+        store=dist.PrefixStore(f"restart {restarts}", store),  # type: ignore[attr-defined]
         rank=rank,
         world_size=size,
         timeout=_COLLECTIVE_TIMEOUT,

@@ -15,8 +15,9 @@ from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 from mnist.config import TrainConfig
+from mnist.data import rank_slice
 from mnist.distributed import World, widest_float
-from mnist.model import CLASSES, MLP
+from mnist.model import CLASSES, MLP, product
 
 # Layers after the last one of this many weights stay in float32, the logits among them: small
 # products gain nothing in half precision (64×64 at batch 64 on a CPU: 61 us in bf16, 12 in fp32).
@@ -30,8 +31,9 @@ class _Layer(NamedTuple):
 
     weight: Tensor  # outputs × inputs
     bias: Tensor  # outputs
-    weight_gradient: Tensor  # in the precision that its sum over images is made in
+    weight_gradient: Tensor
     bias_gradient: Tensor
+    onednn: bool  # whether its products are ``model.product``'s
 
 
 class Learner:
@@ -54,15 +56,12 @@ class Learner:
         self.updates = torch.zeros((), device=world.device)  # as AdamW counts them
         # All that one all-reduce carries: the gradient, the sums of loss and correct answers, and
         # how many ranks are asked to stop.
-        # On GPUs float64 can be 64 times slower, and a row's result depends on its batch anyway.
-        exact = (
-            config.exact_sums and world.precision == torch.float32 and world.device.type == "cpu"
-        )
-        sum_dtype = torch.float64 if exact else torch.float32
-        self.reduced = torch.zeros(size + 3, dtype=sum_dtype, device=world.device)
-        self._reduced_gradient, self.sums, self._stop = self.reduced.split([size, 2, 1])
-        self.gradient = self._reduced_gradient.float()  # itself, where it is float32
+        self.reduced = torch.zeros(size + 3, device=world.device)
+        self.gradient, self.sums, self._stop = self.reduced.split([size, 2, 1])
         self.totals = torch.zeros(2, dtype=widest_float(world.device), device=world.device)
+        # On GPUs a row's result depends on its batch, so that nothing is gained there.
+        exact = world.precision == torch.float32 and world.device.type == "cpu"
+        self._gathers = exact and config.exact_sums and world.size > 1
 
         half_size = sum(
             p.numel() for layer in model.layers[:half_layers] for p in layer.parameters()
@@ -76,13 +75,15 @@ class Learner:
             stop = middle + layer.bias.numel()
             half = index < half_layers
             flat = self._half if half else self.parameters
-            flat_gradient = self._half_gradient if half else self._reduced_gradient
+            flat_gradient = self._half_gradient if half else self.gradient
             self._layers.append(
                 _Layer(
                     weight=flat[start:middle].view(layer.weight.shape),
                     bias=flat[middle:stop],
                     weight_gradient=flat_gradient[start:middle].view(layer.weight.shape),
                     bias_gradient=flat_gradient[middle:stop],
+                    # Its overhead of 10 us is more than small products take.
+                    onednn=exact or half,
                 )
             )
             layer.weight.data = self.parameters[start:middle].view(layer.weight.shape)
@@ -115,9 +116,17 @@ class Learner:
             learning_rate: of this step.
             stop: whether this rank is asked to stop; all learn of it by ``asked_to_stop``.
         """
-        self._backward(images, labels, batch_size)
-        self._stop.fill_(stop)
-        self._reduce()
+        inputs, deltas, scores = self._differentiate(images, labels, batch_size)
+        if self._gathers:
+            stops, *columns = self._gather([*inputs, *deltas, scores], batch_size, stop)
+            inputs, deltas = columns[: len(inputs)], columns[len(inputs) : -1]
+            self._sum(inputs, deltas, columns[-1])
+            self._stop.fill_(stops)
+        else:
+            self._sum(inputs, deltas, scores)
+            self._stop.fill_(stop)
+            self.world.all_reduce(self.reduced)
+        self.totals += self.sums
         self._update(learning_rate)
 
     def take_totals(self) -> Tensor:
@@ -169,35 +178,78 @@ class Learner:
             if inputs:
                 hidden = hidden.relu_()
             inputs.append(hidden.to(layer.weight.dtype))
-            hidden = torch.addmm(layer.bias, inputs[-1], layer.weight.t())
+            if layer.onednn:
+                hidden = product(inputs[-1], layer.weight, layer.bias)
+            else:
+                hidden = torch.addmm(layer.bias, inputs[-1], layer.weight.t())
         return inputs, hidden.float()
 
-    def _backward(self, images: Tensor, labels: Tensor, batch_size: int) -> None:
-        """Fill the gradient and the sums with this rank's share of the global batch."""
+    def _differentiate(
+        self, images: Tensor, labels: Tensor, batch_size: int
+    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """For n images: the input of each layer; the derivative of the loss by each layer's output;
+        and, n×2, what they add to the sums: loss, and whether the answer is correct."""
         inputs, logits = self._forward(images)
         log_probabilities = logits.log_softmax(1)
-        targets = self._targets[labels]
         # Of the labels as they are: comparable with validation whatever the label smoothing.
-        self.sums[0] = -log_probabilities.gather(1, labels[:, None]).sum(dtype=self.sums.dtype)
-        self.sums[1] = (logits.argmax(1) == labels).sum()
+        losses = log_probabilities.gather(1, labels[:, None]).neg_()
+        correct = (logits.argmax(1) == labels)[:, None]
+        scores = torch.cat([losses, correct], 1)
         # Of cross-entropy over softmax, by the logits; then backwards by each layer's output.
-        delta = log_probabilities.exp_().sub_(targets).div_(batch_size)
+        delta = log_probabilities.exp_().sub_(self._targets[labels]).div_(batch_size)
         if self.loss_scale is not None:
             delta *= self.loss_scale
+        deltas: list[Tensor] = []
         for layer, layer_input in zip(reversed(self._layers), reversed(inputs), strict=True):
             delta = delta.to(layer.weight.dtype)
-            terms = delta.to(layer.weight_gradient.dtype)
-            torch.sum(terms, 0, out=layer.bias_gradient)
-            torch.mm(terms.t(), layer_input.to(terms.dtype), out=layer.weight_gradient)
+            deltas.insert(0, delta)
             if layer_input is not inputs[0]:
-                delta = torch.ops.aten.threshold_backward(delta @ layer.weight, layer_input, 0)
-        self._reduced_gradient[: len(self._half)].copy_(self._half_gradient)
+                weight = layer.weight
+                delta = product(delta, weight.t()) if layer.onednn else delta @ weight
+                delta = torch.ops.aten.threshold_backward(delta, layer_input, 0)
+        return inputs, deltas, scores
 
-    def _reduce(self) -> None:
-        """Make gradient and sums those of the global batch, on every rank."""
-        self.world.all_reduce(self.reduced)
-        self.gradient.copy_(self._reduced_gradient)
-        self.totals += self.sums
+    def _sum(self, inputs: list[Tensor], deltas: list[Tensor], scores: Tensor) -> None:
+        """Fill the gradient and the sums with those over images."""
+        torch.sum(scores, 0, out=self.sums)
+        for layer, layer_input, delta in zip(self._layers, inputs, deltas, strict=True):
+            torch.sum(delta, 0, out=layer.bias_gradient)
+            if layer.weight.dtype == torch.float32 and layer.onednn:
+                layer.weight_gradient.copy_(product(delta.t(), layer_input.t()))
+            else:
+                torch.mm(delta.t(), layer_input, out=layer.weight_gradient)
+        self.gradient[: len(self._half)].copy_(self._half_gradient)
+
+    def _gather(self, columns: list[Tensor], batch_size: int, stop: bool) -> list[Tensor]:
+        """The rows of the global batch, from those that this rank has.
+
+        So every rank adds up the same numbers in the same order, and worlds of any size end with
+        the same weights. Sums of sums differ in their last bits, and a hidden value that is zero
+        but for rounding then falls on either side of the ReLU.
+
+        Args:
+            columns: tensors of n rows.
+            batch_size: rows in the global batch.
+            stop: whether this rank is asked to stop.
+
+        Returns:
+            How many ranks are asked to stop, then tensors of ``batch_size`` rows.
+        """
+        world = self.world
+        slices = [rank_slice(batch_size, rank, world.size) for rank in range(world.size)]
+        counts = [part.stop - part.start for part in slices]
+        rows = torch.cat(columns, 1)
+        width = rows.shape[1]
+        block = rows.new_zeros(1 + max(counts) * width)
+        block[0] = stop
+        block[1 : 1 + rows.numel()] = rows.flatten()
+        blocks = world.gather(block)
+        parts = [
+            block[1 : 1 + count * width].view(count, width)
+            for block, count in zip(blocks, counts, strict=True)
+        ]
+        gathered = torch.cat(parts).split([column.shape[1] for column in columns], 1)
+        return [blocks[:, 0].sum(), *(column.contiguous() for column in gathered)]
 
     def _update(self, learning_rate: float) -> None:
         """Change the weights by the gradient, unless it overflowed in fp16."""

@@ -26,8 +26,7 @@ def learner(model, precision=torch.float32, **settings):
 
 
 def differentiate(ours, images, labels):
-    ours._backward(images, labels, batch_size=len(labels))
-    ours._reduce()
+    ours._sum(*ours._differentiate(images, labels, batch_size=len(labels)))
 
 
 def flat(model):
@@ -114,10 +113,10 @@ def test_slices_add_up_to_the_global_batch():
     model = MLP(WIDTHS).initialise(0)
     images, labels = batch(13)
     whole, part = learner(model), learner(model)
-    whole._backward(images, labels, batch_size=13)
+    whole._sum(*whole._differentiate(images, labels, batch_size=13))
     total = torch.zeros_like(whole.reduced)
     for piece in (slice(0, 7), slice(7, 7), slice(7, 13)):  # uneven, one of them empty
-        part._backward(images[piece], labels[piece], batch_size=13)
+        part._sum(*part._differentiate(images[piece], labels[piece], batch_size=13))
         total += part.reduced
     torch.testing.assert_close(total, whole.reduced, rtol=1e-4, atol=1e-6)
 
@@ -126,7 +125,7 @@ def test_slices_add_up_to_the_global_batch():
 def test_empty_slice_contributes_zeros(precision):
     ours = learner(MLP(LARGE).initialise(0), precision)
     ours.reduced.fill_(7)
-    ours._backward(*batch(0), batch_size=3)
+    ours._sum(*ours._differentiate(*batch(0), batch_size=3))
     assert not ours.reduced[:-1].any()  # the last says whether a rank is to stop
 
 

@@ -78,14 +78,17 @@ def test_any_world_size_is_the_same_experiment(worlds, name):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-4)
 
 
-def test_exact_sums_make_worlds_agree_beyond_rounding(worlds):
-    # Summed in float32, one pair in three differs by 1e-2 after these 200 steps: where a hidden
+def test_exact_sums_make_worlds_end_with_the_same_weights(worlds):
+    # Summed rank by rank, one pair in three differs by 1e-2 after these 200 steps: where a hidden
     # value is zero but for rounding, the two worlds disagree on whether its unit learns.
-    one = load_file(worlds / "long1" / "model.safetensors")
-    for size in (2, 3):
-        several = load_file(worlds / f"long{size}" / "model.safetensors")
-        for parameter, weights in one.items():
-            assert (several[parameter] - weights).abs().max() < 1e-6 * weights.abs().max()
+    measured = torch.cpu.get_capabilities().get("avx512_f")  # elsewhere a row may depend on others
+    for name, sizes in {"long": (2, 3), "tiny": (3,)}.items():
+        one = load_file(worlds / f"{name}1" / "model.safetensors")
+        for size in sizes:
+            several = load_file(worlds / f"{name}{size}" / "model.safetensors")
+            for parameter, weights in one.items():
+                difference = (several[parameter] - weights).abs().max() / weights.abs().max()
+                assert difference <= (0 if measured else 1e-6), (name, size, parameter)
 
 
 @pytest.mark.parametrize("size", [2, 3])
