@@ -11,13 +11,15 @@ import sys
 
 from mnist.config import exit_codes, parse_train_config
 from mnist.figures import Painter
+from mnist.tracking import NoMirror, open_mirror, wandb_settings
 
 if __name__ == "__main__":
     with exit_codes("train.py"):
         config = parse_train_config(sys.argv[1:])
         is_main = os.environ.get("RANK", "0") == "0"
-        # It imports Matplotlib on another core while this process imports torch.
+        # They import Matplotlib and W&B on another core while this process imports torch.
+        mirror = open_mirror(wandb_settings(config)) if is_main else NoMirror()
         with Painter() if is_main else contextlib.nullcontext() as painter:
             from mnist.training import train
 
-            train(config, painter)
+            train(config, painter, mirror)

@@ -98,7 +98,8 @@ def evaluate(config: EvaluateConfig) -> None:
         report = json.loads((output / "report.json").read_text())
         print_summary(report, output)
         if weights.run is not None and weights.step is None:
-            mirror = open_mirror(weights.run, wandb_settings(config))
+            mirror = open_mirror(wandb_settings(config))
+            mirror.begin(weights.run)
             mirror.evaluated(evaluation_name(config), output)
             mirror.close()
 

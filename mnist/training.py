@@ -53,7 +53,7 @@ from mnist.report import Example
 from mnist.run_folder import Start, checkpoints_of, open_run_folder
 from mnist.step import Learner
 from mnist.system import StopRequest, flush_to_disk
-from mnist.tracking import NoMirror, open_mirror, wandb_settings
+from mnist.tracking import NoMirror
 
 _VALIDATION_BATCH = 4096  # large enough for full speed; the activations stay in megabytes
 _GPU_STEPS_BETWEEN_LOOKS = 16  # at whether to stop: each waits for the GPU
@@ -63,7 +63,7 @@ Sample = tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64], NDArray[
 """n images, 28×28, their labels, predictions, and the confidences of these."""
 
 
-def train(config: TrainConfig, painter: Painter | None) -> None:
+def train(config: TrainConfig, painter: Painter | None, mirror: NoMirror) -> None:
     """Do the whole job: data, training, files, evaluation, summary.
 
     A run that was interrupted goes on; one that is complete is summarised and left as it is.
@@ -71,6 +71,7 @@ def train(config: TrainConfig, painter: Painter | None) -> None:
     Args:
         config: the settings.
         painter: where figures are drawn; needed on rank 0 alone.
+        mirror: where W&B gets its copy from; on rank 0 alone.
 
     Raises:
         InputError: the settings or the folders do not allow it.
@@ -80,12 +81,12 @@ def train(config: TrainConfig, painter: Painter | None) -> None:
     world = connect(config)
     with StopRequest() as stop, ExitStack() as stack:
         start = world.from_main(lambda: open_run_folder(config, world, stack))
-        mirror = NoMirror()
-        if start.complete and world.is_main:
-            print(f"{config.run_folder} is complete")
-        if not start.complete:
+        if start.complete:
+            mirror = NoMirror()
             if world.is_main:
-                mirror = open_mirror(config.run_folder, wandb_settings(config))
+                print(f"{config.run_folder} is complete")
+        else:
+            mirror.begin(config.run_folder)
             model = fit(config, world, start, stop, mirror)
             if world.is_main:
                 save_final(model, config.run_folder / "model.safetensors")

@@ -1,12 +1,15 @@
-"""Speed of training and scoring, measured side by side: everything interleaved in one run.
+"""Speed, measured side by side: scripts/bench [training scoring processes accuracy scaling].
 
-Absolute times wander by a factor of two on a shared machine; medians of ratios of one run do not.
+What is compared is interleaved in rounds, because absolute times wander by a factor of two on a
+shared machine; ratios are medians of the rounds' ratios. Without words, all five parts (6 minutes).
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -14,9 +17,11 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+import psutil
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
@@ -28,123 +33,204 @@ from mnist.distributed import World, connect
 from mnist.evaluation import score
 from mnist.inputs import open_mnist
 from mnist.metrics import read_metrics
-from mnist.model import MLP
+from mnist.model import MLP, load_model, product
 from mnist.run_folder import open_run_folder
 from mnist.step import Learner
-from mnist.training import fit, load_training_data
+from mnist.training import fit
 
-JOB = Path(__file__).parents[1] / "jobs" / "train.py"
+ROOT = Path(__file__).parents[1]
+JOB = str(ROOT / "jobs/train.py")
+LAUNCH = [sys.executable, "-P", "-m", "accelerate.commands.launch"]
+IMAGES, BATCH, TEST_IMAGES = 60_000, 64, 10_000
+STEPS = -(-IMAGES // BATCH)
+GOAL = 0.9816  # what the original reached
+SEED = 0
+
+Measure = Callable[[], float]
+"""Does something once and returns the seconds it took."""
 
 
-def loader_epoch(data_dir: Path) -> Callable[[], float]:
-    """An epoch as it is usually written: DataLoader, torchvision's transforms, autograd, fp32."""
+@dataclass
+class Results:
+    """Seconds by part and name, one per round, and ratios of them."""
+
+    seconds: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    ratios: dict[str, float] = field(default_factory=dict)
+    more: dict[str, Any] = field(default_factory=dict)
+
+    def interleave(self, part: str, measures: dict[str, Measure], rounds: int) -> None:
+        """Measure everything once per round; a first round warms up."""
+        found = self.seconds[part] = {name: [] for name in measures}
+        for turn in range(rounds + 1):
+            for name, measure in measures.items():
+                print(f"\r\033[K{part}, round {turn} of {rounds}: {name}", end="", file=sys.stderr)
+                with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+                    value = measure()
+                if turn:
+                    found[name].append(value)
+        print(end="\r\033[K", file=sys.stderr)
+
+    def ratio(self, part: str, one: str, other: str) -> float:
+        """The median, over the rounds, of one time against the other."""
+        pairs = zip(self.seconds[part][one], self.seconds[part][other], strict=True)
+        value = statistics.median(a / b for a, b in pairs)
+        self.ratios[f"{one} / {other}"] = value
+        return value
+
+    def table(self, part: str, images: dict[str, int]) -> None:
+        """Print seconds, and images per second of what has images."""
+        print(f"\n{part:47} seconds   images/s")
+        for name, values in self.seconds[part].items():
+            median = statistics.median(values)
+            speed = f"{images[name] / median:11,.0f}" if name in images else ""
+            print(f"  {name:45} {median:7.3f}{speed}")
+
+
+# -------------------------------------------------------------------------------- what others do
+
+
+def loader(data_dir: Path, train: bool) -> DataLoader[Any]:
+    """MNIST as it is usually fed: torchvision's dataset, transforms, DataLoader."""
     transform = transforms.Compose(
         [transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))]
     )
-    data = datasets.MNIST(str(data_dir), train=True, transform=transform)
-    model = nn.Sequential(
-        nn.Flatten(),
-        *(nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, 128)),
-        *(nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10)),
-    )
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    criterion = nn.CrossEntropyLoss()
-    loader = DataLoader(data, batch_size=64, shuffle=True)
+    data = datasets.MNIST(str(data_dir), train=train, transform=transform)
+    return DataLoader(data, batch_size=BATCH if train else 1000, shuffle=train)
 
-    def epoch() -> float:
+
+class UsualLoop:
+    """The network, optimizer and loop as they are usually written, in fp32."""
+
+    def __init__(self, data_dir: Path) -> None:
+        torch.manual_seed(SEED)
+        self.model = nn.Sequential(
+            nn.Flatten(),
+            *(nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 256), nn.ReLU()),
+            *(nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10)),
+        )
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
+        self.criterion = nn.CrossEntropyLoss()
+        self.training, self.test = loader(data_dir, train=True), loader(data_dir, train=False)
+
+    def epoch(self) -> float:
+        """Train on everything once."""
         started = time.perf_counter()
-        for images, labels in loader:
-            optimizer.zero_grad()
-            loss = criterion(model(images), labels)
-            loss.backward()
-            optimizer.step()
+        for images, labels in self.training:
+            self.step(images, labels)
         return time.perf_counter() - started
 
-    return epoch
+    def step(self, images: torch.Tensor, labels: torch.Tensor) -> None:
+        """Learn from one batch."""
+        self.optimizer.zero_grad()
+        loss = self.criterion(self.model(images), labels)
+        loss.backward()
+        self.optimizer.step()
+
+    def bare_steps(self, autocast: bool) -> Measure:
+        """As many steps as an epoch has, on one batch, with a rate of 0 (see ``bare_steps``)."""
+        images, labels = torch.randn(BATCH, 1, 28, 28), torch.randint(0, 10, (BATCH,))
+        loop = UsualLoop.__new__(UsualLoop)
+        loop.model, loop.criterion = self.model, self.criterion
+        loop.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.0, momentum=0.9)
+
+        def seconds() -> float:
+            started = time.perf_counter()
+            for _ in range(STEPS):
+                with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                    loop.step(images, labels)
+            return time.perf_counter() - started
+
+        return seconds
+
+    @torch.no_grad()
+    def score(self) -> float:
+        """Loss and accuracy over the test images; ``self.accuracy`` is the latter."""
+        started, loss, correct = time.perf_counter(), 0.0, 0
+        for images, labels in self.test:
+            logits = self.model(images)
+            loss += nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+            correct += (logits.argmax(1) == labels).sum().item()
+        self.accuracy = correct / TEST_IMAGES
+        return time.perf_counter() - started
 
 
-def our_training(config: TrainConfig, world: World, folder: Path) -> Callable[[], float]:
+# ---------------------------------------------------------------------------------- what we do
+
+
+def our_training(config: TrainConfig, world: World) -> Measure:
     """The real loop, as its own metrics time it: training without validation and files."""
-    config = replace(config, runs_dir=folder, fresh=True)
+    config = replace(config, fresh=True)
 
     def seconds() -> float:
         with ExitStack() as stack:
             fit(config, world, open_run_folder(config, world, stack))
-        return read_metrics(config.run_folder / "metrics.jsonl")[-1]["seconds"]
+        return float(read_metrics(config.run_folder / "metrics.jsonl")[-1]["seconds"])
 
     return seconds
 
 
-def bare_steps(config: TrainConfig, world: World) -> Callable[[], float]:
-    """As many steps of the same model and optimizer on one fixed batch.
+def bare_steps(world: World, batch: int = BATCH, steps: int = STEPS) -> Measure:
+    """Steps of the same model and optimizer on one fixed batch.
 
     With a rate of 0: learning one batch by heart ends in denormal numbers, which are slow.
     """
-    training, _ = load_training_data(config, world)
+    config = TrainConfig(batch_size=batch)
     learner = Learner(MLP(config.hidden_sizes).initialise(0), config, world)
-    images, labels = training[[torch.arange(config.batch_size)]][0]
-    steps = -(-len(training) // config.batch_size) * config.epochs
+    images = torch.randn(batch, 784).to(world.precision)
+    labels = torch.randint(0, 10, (batch,))
 
     def seconds() -> float:
         started = time.perf_counter()
         for _ in range(steps):
-            learner.step(images, labels, config.batch_size, 0.0)
+            learner.step(images, labels, batch, 0.0)
         return time.perf_counter() - started
 
     return seconds
 
 
-def loader_scoring(data_dir: Path) -> Callable[[], float]:
-    """Scoring the test images as it is usually written: DataLoader, torchvision's transforms."""
-    transform = transforms.Compose(
-        [transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))]
-    )
-    loader = DataLoader(
-        datasets.MNIST(str(data_dir), train=False, transform=transform), batch_size=1000
-    )
-    model = MLP(TrainConfig().hidden_sizes)
+def bare_products(dtype: torch.dtype, batch: int, times: int, train: bool) -> Measure:
+    """The matrix products alone, by the faster of torch's two libraries: the hardware's limit."""
+    widths = (784, *TrainConfig().hidden_sizes, 10)
+    pairs = list(itertools.pairwise(widths))
+    weights = [torch.randn(outputs, inputs).to(dtype) for inputs, outputs in pairs]
+    inputs = [torch.randn(batch, width).to(dtype) for width in widths[:-1]]
+    deltas = [torch.randn(batch, width).to(dtype) for width in widths[1:]]
+    operands = list(zip(inputs, weights, strict=True))
+    if train:
+        operands += [(d, w.t()) for d, w in zip(deltas[1:], weights[1:], strict=True)]
+        operands += [(d.t(), x.t()) for d, x in zip(deltas, inputs, strict=True)]
 
-    @torch.no_grad()
+    def fastest(a: torch.Tensor, b: torch.Tensor) -> Callable[[], torch.Tensor]:
+        ways = [lambda: product(a, b), lambda: a @ b.t()]
+        times: list[float] = []
+        for way in ways:
+            way()
+            started = time.perf_counter()
+            for _ in range(50):
+                way()
+            times.append(time.perf_counter() - started)
+        return ways[times.index(min(times))]
+
+    multiply = [fastest(a, b) for a, b in operands]
+
     def seconds() -> float:
-        started, loss, correct = time.perf_counter(), 0.0, 0
-        for images, labels in loader:
-            logits = model(images)
-            loss += nn.functional.cross_entropy(logits, labels, reduction="sum").item()
-            correct += (logits.argmax(1) == labels).sum().item()
+        started = time.perf_counter()
+        for _ in range(times):
+            for each in multiply:
+                each()
         return time.perf_counter() - started
 
     return seconds
 
 
-def our_scoring(data_dir: Path, world: World, part: Path | None) -> Callable[[], float]:
+def our_scoring(data_dir: Path, world: World, part: Path | None) -> Measure:
     """The evaluator's loop over the test images, with or without predictions.csv."""
     inputs = open_mnist(data_dir, "test", 0, 0)
     model = MLP(TrainConfig().hidden_sizes)
     return lambda: score(model, inputs, world, EvaluateConfig().batch_size, part).seconds
 
 
-def bare_products(number: int) -> Callable[[], float]:
-    """The matrix products alone that scoring so many images takes: the limit of the hardware."""
-    size = EvaluateConfig().batch_size
-    widths = (784, *TrainConfig().hidden_sizes, 10)
-    pairs = list(itertools.pairwise(widths))
-    weights = [torch.randn(outputs, inputs) for inputs, outputs in pairs]
-
-    def seconds() -> float:
-        total = 0.0
-        for start in range(0, number, size):
-            rows = min(size, number - start)
-            inputs = [torch.randn(rows, width) for width in widths[:-1]]
-            started = time.perf_counter()
-            for values, weight in zip(inputs, weights, strict=True):
-                values @ weight.t()
-            total += time.perf_counter() - started
-        return total
-
-    return seconds
-
-
-def process(*words: str) -> Callable[[], float]:
+def process(*words: str) -> Measure:
     """A whole process, from the command to its end."""
 
     def seconds() -> float:
@@ -155,77 +241,304 @@ def process(*words: str) -> Callable[[], float]:
     return seconds
 
 
-def main() -> None:
-    """Measure in rounds, then print the table; --json FILE keeps every measurement."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5, help="measurements of each kind")
-    parser.add_argument("--data-dir", type=Path, default=TrainConfig().data_dir)
-    parser.add_argument("--json", type=Path, help="file for all measurements, in seconds")
-    options = parser.parse_args()
-    data_dir = options.data_dir.resolve()
-    fetch_mnist(data_dir)
-    temporary = tempfile.TemporaryDirectory()
-    folder = Path(temporary.name)
-    # The whole training set, as the loader loop sees it.
-    common = ["--data-dir", str(data_dir), "--validation-size", "0"]
-    auto = parse_train_config([*common, "--epochs", "1"])
-    fp32 = replace(auto, precision="fp32")
-    plain_sums = replace(fp32, exact_sums=False)
-    fast = parse_train_config(["--recipe", "fast", "--data-dir", str(data_dir)])
-    world, full = connect(auto), connect(fp32)
-    native = f"baseline auto ({world.precision_name})"
-    launch = [sys.executable, "-m", "accelerate.commands.launch"]
-    (folder / "empty.py").touch()
-    fast_job = [str(JOB), "--recipe", "fast", "--data-dir", str(data_dir), "--runs-dir"]
-    runs = iter(range(1000))
+# --------------------------------------------------------------------------------- the five parts
 
-    def fast_process() -> float:
-        return process(*launch, *fast_job, str(folder / f"runs{next(runs)}"))()
+
+def training(results: Results, options: argparse.Namespace, folder: Path) -> None:
+    """An epoch of all 60,000 images, the step without its feeding, the products of the step."""
+    common = ["--validation-size", "0", "--epochs", "1", "--data-dir", str(options.data_dir)]
+    auto = parse_train_config([*common, "--runs-dir", str(folder / "auto")])
+    fp32 = replace(auto, precision="fp32", runs_dir=folder / "fp32")
+    fast = parse_train_config(["--recipe", "fast", "--data-dir", str(options.data_dir)])
+    usual = UsualLoop(options.data_dir)
+    native, full = connect(auto), connect(fp32)
+    name = native.precision_name
+    measures = {
+        "DataLoader loop fp32, epoch": usual.epoch,
+        "ours fp32, epoch": our_training(fp32, full),
+        "ours fp32, bare steps": bare_steps(full),
+        "autograd fp32, bare steps": usual.bare_steps(autocast=False),
+        "fp32 products alone": bare_products(torch.float32, BATCH, STEPS, train=True),
+        f"ours {name}, epoch": our_training(auto, native),
+        f"ours {name}, bare steps": bare_steps(native),
+        "autograd + autocast, bare steps": usual.bare_steps(autocast=True),
+        f"{name} products alone": bare_products(native.precision, BATCH, STEPS, train=True),
+        "recipe fast, all its training": our_training(
+            replace(fast, runs_dir=folder / "fast"), native
+        ),
+    }
+    results.interleave("training", measures, options.rounds)
+    images = dict.fromkeys(measures, IMAGES)
+    images["recipe fast, all its training"] = 55_000 * fast.epochs
+    results.table("training", images)
+    loop = "DataLoader loop fp32, epoch"
+    for each in ("fp32", name):
+        ours, bare = f"ours {each}, epoch", f"ours {each}, bare steps"
+        usual_bare = "autograd fp32" if each == "fp32" else "autograd + autocast"
+        print(
+            f"  {each}: {results.ratio('training', loop, ours):.1f} times the DataLoader loop; "
+            f"feeding costs {results.ratio('training', ours, bare):.3f} of bare steps, these "
+            f"{results.ratio('training', bare, f'{usual_bare}, bare steps'):.2f} of {usual_bare}'s,"
+            f" and {results.ratio('training', f'{each} products alone', bare):.0%} of them is "
+            "products"
+        )
+
+
+def scoring(results: Results, options: argparse.Namespace, folder: Path) -> None:
+    """The 10,000 test images in fp32."""
+    world = connect(TrainConfig(precision="fp32"))
+    size = EvaluateConfig().batch_size
+    measures = {
+        "DataLoader loop, scoring": UsualLoop(options.data_dir).score,
+        "ours, scoring": our_scoring(options.data_dir, world, None),
+        "ours with predictions.csv": our_scoring(options.data_dir, world, folder / "rows.csv"),
+        "products alone": bare_products(torch.float32, size, round(TEST_IMAGES / size), False),
+    }
+    results.interleave("scoring", measures, 3 * options.rounds)
+    results.table("scoring", dict.fromkeys(measures, TEST_IMAGES))
+    times = results.ratio("scoring", "DataLoader loop, scoring", "ours, scoring")
+    share = results.ratio("scoring", "products alone", "ours, scoring")
+    print(f"  {times:.1f} times the DataLoader loop; {share:.0%} of it is products")
+
+
+def processes(results: Results, options: argparse.Namespace, folder: Path) -> None:
+    """Whole processes, and what happens before the first step, as seen from outside."""
+    empty = folder / "empty.py"
+    empty.touch()
+    runs = itertools.count()
+    job = [JOB, "--recipe", "fast", "--data-dir", str(options.data_dir)]
+
+    def fast(*more: str) -> Measure:
+        return lambda: process(
+            *LAUNCH, *job, *more, "--runs-dir", str(folder / f"runs{next(runs)}")
+        )()
 
     measures = {
-        "DataLoader loop, epoch": loader_epoch(data_dir),
-        "baseline fp32, epoch": our_training(fp32, full, folder / "fp32"),
-        "baseline fp32, bare steps": bare_steps(fp32, full),
-        "baseline fp32 --no-exact-sums, epoch": our_training(plain_sums, full, folder / "plain"),
-        "baseline fp32 --no-exact-sums, bare steps": bare_steps(plain_sums, full),
-        f"{native}, epoch": our_training(auto, world, folder / "auto"),
-        f"{native}, bare steps": bare_steps(auto, world),
-        "fast, whole training": our_training(fast, world, folder / "fast"),
-        "scoring, DataLoader loop": loader_scoring(data_dir),
-        "scoring": our_scoring(data_dir, full, None),
-        "scoring with predictions.csv": our_scoring(data_dir, full, folder / "predictions.csv"),
-        "scoring, matrix products alone": bare_products(10_000),
-        "empty script under accelerate launch": process(*launch, str(folder / "empty.py")),
-        "fast under accelerate launch": fast_process,
+        "accelerate launch of an empty script": process(*LAUNCH, str(empty)),
+        "the same with --recipe fast": fast(),
+        "and --wandb disabled": fast("--wandb", "disabled"),
+        "import torch": process(sys.executable, "-c", "import torch"),
+        "import what training needs": process(sys.executable, "-c", "import mnist.training"),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in measures}
-    for turn in range(options.rounds + 1):
-        for name, measure in measures.items():
-            value = measure()
-            if turn:  # the first round warms up
-                seconds[name].append(value)
-    loop = statistics.median(seconds["DataLoader loop, epoch"])
-    print(f"{world.threads} threads, {options.rounds} rounds, medians, on {os.uname().machine}\n")
-    print(f"{'':45}  seconds   of the DataLoader loop's epoch")
-    for name, values in seconds.items():
-        median = statistics.median(values)
-        print(f"{name:45}  {median:7.2f}   {median / loop:.3f}  (1/{loop / median:.1f})")
+    results.interleave("processes", measures, options.rounds)
+    results.table("processes", {})
+    whole = results.ratio(
+        "processes", "the same with --recipe fast", "accelerate launch of an empty script"
+    )
+    print(f"  fast takes {whole:.2f} times an empty script")
+    stages = [start_up(options, folder / f"start{turn}") for turn in range(options.rounds)]
+    medians = {name: statistics.median(stage[name] for stage in stages) for name in stages[0]}
+    results.more["start-up"] = medians
+    print(f"\n{'from the command to the first step':47} seconds")
+    for name, value in medians.items():
+        print(f"  {name:45} {value:7.3f}")
 
-    def ratio(one: str, other: str) -> None:
-        value = statistics.median(a / b for a, b in zip(seconds[one], seconds[other], strict=True))
-        print(f"{one} / {other}: {value:.3f}")
 
-    print()
-    for name in seconds:
-        if name.endswith(", bare steps"):
-            ratio(name.replace("bare steps", "epoch"), name)
-    ratio("fast, whole training", "DataLoader loop, epoch")
-    ratio("scoring, DataLoader loop", "scoring")
-    ratio("scoring, matrix products alone", "scoring")
-    ratio("fast under accelerate launch", "empty script under accelerate launch")
+def start_up(options: argparse.Namespace, folder: Path) -> dict[str, float]:
+    """When a launched job's process, its run folder and its first row appear, one after another."""
+    words = [*LAUNCH, JOB, "--log-every", "1", "--run-name", "run", "--runs-dir", str(folder)]
+    started = time.time()
+    launcher = subprocess.Popen(
+        [*words, "--data-dir", str(options.data_dir)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+    def until(condition: Callable[[], Any]) -> float:
+        while not condition():
+            assert launcher.poll() is None, "the job has ended"
+            time.sleep(0.002)
+        return time.time()
+
+    rows = folder / "run/metrics.jsonl"
+    moments = [
+        started,
+        until(lambda: psutil.Process(launcher.pid).children()),
+        until((folder / "run/environment.json").exists),
+        until(lambda: rows.exists() and rows.stat().st_size),
+    ]
+    for child in psutil.Process(launcher.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+    launcher.wait()
+    names = ("launcher's imports", "job's imports, data, world", "data in memory, first step")
+    return {name: b - a for name, (a, b) in zip(names, itertools.pairwise(moments), strict=True)}
+
+
+def accuracy(results: Results, options: argparse.Namespace, folder: Path) -> None:
+    """Seconds of training until the test accuracy at an epoch's end reaches 98.16%."""
+    found: dict[str, tuple[float, float] | None] = {}
+    for recipe in ("fast", "baseline"):
+        words = ["--recipe", recipe, "--seed", str(SEED), "--keep-checkpoints", "100"]
+        words += ["--runs-dir", str(folder / "goal"), "--data-dir", str(options.data_dir)]
+        config = parse_train_config(words)
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            our_training(config, connect(config))()
+        found[f"recipe {recipe}"] = first_good_epoch(config, options.data_dir)
+    loop, seconds = UsualLoop(options.data_dir), 0.0
+    found["DataLoader loop"] = None
+    for epoch in range(1, TrainConfig().epochs + 1):
+        print(f"\r\033[Kaccuracy: DataLoader loop, epoch {epoch}", end="", file=sys.stderr)
+        seconds += loop.epoch()
+        loop.score()
+        if loop.accuracy >= GOAL:
+            found["DataLoader loop"] = (seconds, epoch)
+            break
+    print(end="\r\033[K", file=sys.stderr)
+    print(f"\n{f'training until the test accuracy is {GOAL:.2%}':47} seconds   epochs")
+    for name, reached in found.items():
+        shown = f"{reached[0]:7.2f}  {reached[1]:7.0f}" if reached else "  never"
+        print(f"  {name:45} {shown}")
+    slow, fast = found["DataLoader loop"], found["recipe fast"]
+    if slow and fast:
+        results.ratios["time to 98.16%: DataLoader loop / fast"] = slow[0] / fast[0]
+        print(f"  fast is there {slow[0] / fast[0]:.0f} times sooner than the DataLoader loop")
+    results.more["time to 98.16%"] = found
+
+
+def first_good_epoch(config: TrainConfig, data_dir: Path) -> tuple[float, float] | None:
+    """When a run's checkpoints reach the goal; nothing in the run knows of this."""
+    inputs = open_mnist(data_dir, "test", 0, 0)
+    for row in read_metrics(config.run_folder / "metrics.jsonl"):
+        checkpoint = config.run_folder / f"checkpoints/step-{row['step']:09d}"
+        if checkpoint.exists():  # none is due but at the end of an epoch
+            model = load_model(checkpoint / "model.safetensors")
+            tally = score(model, inputs, World(), 1000).tally
+            if tally.confusion.trace() / TEST_IMAGES >= GOAL:
+                return row["seconds"], row["epoch"]
+    return None
+
+
+def scaling(results: Results, options: argparse.Namespace, folder: Path) -> None:
+    """One and two processes of one thread, the part of a step that is communication, and what
+    follows for many."""
+    runs = itertools.count()
+
+    def train(size: int, batch: int) -> Measure:
+        def seconds() -> float:
+            name = f"run{next(runs)}"
+            words = [sys.executable, "-P", "-m", "mnist.launch", JOB, "--processes", str(size)]
+            words += ["--threads", "1", "--epochs", "1", "--batch-size", str(batch)]
+            words += ["--evaluate", "none", "--wandb", "disabled", "--validation-size", "0"]
+            words += ["--run-name", name, "--runs-dir", str(folder), "--data-dir"]
+            subprocess.run([*words, str(options.data_dir)], check=True, capture_output=True)
+            return float(read_metrics(folder / name / "metrics.jsonl")[-1]["seconds"])
+
+        return seconds
+
+    def communicate() -> float:
+        """Seconds of as many all-reduces as an epoch has steps, in a world of two."""
+        words = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
+        done = subprocess.run(
+            [sys.executable, "-m", *words, "--communicate"],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        return float(done.stdout)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    precision = connect(TrainConfig(threads=1)).precision
+    alone = World(threads=1, precision=precision)
+    locals_ = (64, 1024)
+    measures = {
+        "1 process, batch 64": train(1, 64),
+        "2 processes, batch 64 (32 each)": train(2, 64),
+        "2 processes, batch 128 (64 each)": train(2, 128),
+        f"{STEPS} all-reduces of 2 processes": communicate,
+        **{f"100 bare steps, batch {n}": bare_steps(alone, n, 100) for n in locals_},
+    }
+    results.interleave("scaling", measures, max(1, options.rounds // 2))
+    torch.set_num_threads(threads)
+    results.table("scaling", dict.fromkeys(list(measures)[:3], IMAGES))
+    strong = results.ratio("scaling", "1 process, batch 64", "2 processes, batch 64 (32 each)")
+    weak = results.ratio("scaling", "1 process, batch 64", "2 processes, batch 128 (64 each)")
+    share = results.ratio(
+        "scaling", f"{STEPS} all-reduces of 2 processes", "2 processes, batch 64 (32 each)"
+    )
+    print(
+        f"  two processes are {strong:.2f} times as fast at a global batch of 64, of which "
+        f"communication takes {share:.0%}, and {weak:.2f} times at 64 images each"
+    )
+    predict(results, locals_)
+
+
+def predict(results: Results, locals_: tuple[int, ...]) -> None:
+    """Weak scaling over a network, by the usual model of a ring all-reduce (Patarasuk, Yuan 2009).
+
+    Assumes a process per machine, 10 Gbit/s (1.25 GB/s) and 30 us a message, no overlap of the
+    communication with anything, and machines as fast as this one.
+    """
+    message = 4 * (sum(p.numel() for p in MLP(TrainConfig().hidden_sizes).parameters()) + 3)
+    print("\npredicted efficiency, 10 Gbit/s, 30 us a message   " + "images each: " + "  ".join(
+        f"{n:>6}" for n in locals_))  # fmt: skip
+    predicted = results.more["predicted efficiency"] = {}
+    for size in (8, 16, 64, 256, 1024):
+        ring = 2 * (size - 1) * (30e-6 + message / size / 1.25e9)
+        row = predicted[size] = {}
+        for local in locals_:
+            step = statistics.median(results.seconds["scaling"][f"100 bare steps, batch {local}"])
+            row[local] = step / 100 / (step / 100 + ring)
+        shown = "  ".join(f"{row[local]:6.0%}" for local in locals_)
+        print(f"  {size:5} processes {'':46}{shown}")
+
+
+def communicate() -> None:
+    """One of two processes: rank 0 prints the seconds of an epoch's all-reduces."""
+    world = connect(TrainConfig(threads=1, expect_world_size=2))
+    learner = Learner(MLP(TrainConfig().hidden_sizes).initialise(0), TrainConfig(), world)
+    for turn in range(2):  # the first warms up
+        world.meet()
+        started = time.perf_counter()
+        for _ in range(STEPS):
+            world.all_reduce(learner.reduced)
+        if turn and world.is_main:
+            print(time.perf_counter() - started, flush=True)
+    world.meet()
+    os._exit(0)
+
+
+PARTS = {part.__name__: part for part in (training, scoring, processes, accuracy, scaling)}
+
+
+def main() -> None:
+    """Measure, and print the tables; --json FILE keeps every measurement."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; default all")
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each kind")
+    parser.add_argument("--data-dir", type=Path, default=TrainConfig().data_dir)
+    parser.add_argument("--json", type=Path, help="file for all measurements")
+    parser.add_argument("--communicate", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.communicate:
+        communicate()
+    if unknown := set(options.parts) - set(PARTS):
+        parser.error(f"unknown part {', '.join(sorted(unknown))}: takes {', '.join(PARTS)}")
+    if options.rounds < 1:
+        parser.error("--rounds takes 1 or more")
+    options.data_dir = options.data_dir.resolve()
+    fetch_mnist(options.data_dir)
+    results = Results()
+    with tempfile.TemporaryDirectory() as temporary:
+        # Processes find their modules compiled, as a user's do from the second start on.
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+        os.environ["PYTHONPYCACHEPREFIX"] = f"{temporary}/compiled"
+        world = connect(TrainConfig())
+        machine = {
+            "cpu": torch.cpu.get_capabilities().get("cpu_name") or platform.processor(),
+            "threads": world.threads,
+            "torch": torch.__version__,
+            "rounds": options.rounds,
+        }
+        print(", ".join(f"{name} {value}" for name, value in machine.items()))
+        for name in options.parts or PARTS:
+            folder = Path(temporary) / name
+            folder.mkdir()
+            PARTS[name](results, options, folder)
     if options.json:
-        options.json.write_text(json.dumps(seconds, indent=2) + "\n")
-    temporary.cleanup()
+        contents = {"machine": machine} | results.__dict__
+        options.json.write_text(json.dumps(contents, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def limits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Limits:
             monkeypatch.delenv(name)
     (tmp_path / "home").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    short = Limits(init=1, finish=3, close=15, flush=0.2, transmit=1, figures=0.2)
+    short = Limits(patience=0, init=1, finish=3, close=15, flush=0.2, transmit=1, figures=0.2)
     monkeypatch.setattr(tracking, "LIMITS", short)
     return short
 
@@ -115,7 +115,9 @@ def complete(folder: Path, split: str = "test", number: int = 50) -> Path:
 
 
 def start(folder: Path, mode: str = "auto", **settings: Any) -> Mirror:
-    return Mirror(folder, WandbSettings(mode=mode, **settings))
+    mirror = Mirror(WandbSettings(mode=mode, **settings))
+    mirror.begin(folder)
+    return mirror
 
 
 def train(mirror: Mirror, folder: Path, first: int = 10, last: int = STEPS[-1]) -> None:
@@ -599,7 +601,8 @@ def test_server_dies(jobs, death):
 def test_never_a_prompt(folder, mode):
     code = (
         "from pathlib import Path; from mnist.tracking import *; import sys;"
-        f"mirror = Mirror(Path(sys.argv[1]), WandbSettings(mode={mode!r})); mirror.close()"
+        f"mirror = Mirror(WandbSettings(mode={mode!r})); "
+        "mirror.begin(Path(sys.argv[1])); mirror.close()"
     )
     terminal, slave = pty.openpty()
     done = subprocess.run(
@@ -651,19 +654,24 @@ def test_signals_are_for_the_job(folder):
     assert steps(history(logs(folder)[-1])) == STEPS
 
 
-def test_ends_after_its_job(folder, server):
+@pytest.mark.parametrize("patience", [0, 30])
+def test_ends_after_its_job(folder, server, patience):
     code = (
         "import os, sys, time; from pathlib import Path; from mnist.tracking import *;"
-        "mirror = Mirror(Path(sys.argv[1]), WandbSettings()); mirror.rows(int(sys.argv[2]));"
-        "print(mirror._process.pid, flush=True); time.sleep(60)"
+        f"LIMITS.patience = {patience}; mirror = Mirror(WandbSettings());"
+        "mirror.begin(Path(sys.argv[1])); mirror.rows(int(sys.argv[2]));"
+        "time.sleep(1); print(mirror._process.pid, flush=True); time.sleep(60)"
     )
     command = [sys.executable, "-c", code, folder, str(length(folder, 50))]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as job:
         process = psutil.Process(int(job.stdout.readline()))
-        wait_for(lambda: process.children(recursive=True) and server.runs)
+        if patience:  # a short training is left alone
+            assert not server.runs
+        else:
+            wait_for(lambda: process.children(recursive=True) and server.runs)
         processes = [process, *process.children(recursive=True)]
         job.kill()
-        assert psutil.wait_procs(processes, 6)[1] == []
+        assert psutil.wait_procs(processes, 10)[1] == []
     assert steps(server.run.rows) == STEPS[:6]
     assert server.run.exit_code == 1
 
@@ -672,9 +680,9 @@ def test_ends_after_its_job(folder, server):
 
 
 def test_disabled(folder, monkeypatch):
-    assert type(open_mirror(folder, WandbSettings(mode="disabled"))) is NoMirror
+    assert type(open_mirror(WandbSettings(mode="disabled"))) is NoMirror
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert type(open_mirror(folder, WandbSettings())) is NoMirror
+    assert type(open_mirror(WandbSettings())) is NoMirror
     assert not (folder / "wandb").exists()
 
 
