@@ -100,6 +100,9 @@ class NoMirror:
             confidences: n probabilities of the predictions, 0 to 1.
         """
 
+    def trained(self) -> None:
+        """All rows and grids have been sent."""
+
     def evaluated(self, split: str, folder: Path) -> None:
         """``folder`` holds the ``report.json`` and ``predictions.csv`` of ``split``; of a run that
         is complete, since rows follow no report."""
@@ -162,6 +165,9 @@ class Mirror(NoMirror):
         confidences: NDArray[Any],
     ) -> None:
         self._outbox.put(("grid", step, images, labels, predictions, confidences))
+
+    def trained(self) -> None:
+        self._outbox.put(("trained",))
 
     def evaluated(self, split: str, folder: Path) -> None:
         self._outbox.put(("evaluated", split, folder))
@@ -640,9 +646,10 @@ def _messages(pipe: IO[bytes], trained: threading.Event) -> Iterator[tuple[Any, 
         with contextlib.suppress(EOFError, pickle.UnpicklingError):
             while True:
                 message = pickle.load(pipe)
-                inbox.put(message)
-                if message[0] in ("evaluated", "finished"):
+                if message[0] == "trained":
                     trained.set()
+                else:
+                    inbox.put(message)
         inbox.put(None)
         trained.set()
         time.sleep(LIMITS.close)

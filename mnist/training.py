@@ -88,6 +88,7 @@ def train(config: TrainConfig, painter: Painter | None, mirror: NoMirror) -> Non
         else:
             mirror.begin(config.run_folder)
             model = fit(config, world, start, stop, mirror)
+            mirror.trained()
             if world.is_main:
                 save_final(model, config.run_folder / "model.safetensors")
         if world.is_main:
