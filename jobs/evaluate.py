@@ -8,9 +8,11 @@ scripts/evaluate --processes 2 --model FILE                                # two
 import sys
 
 from mnist.config import exit_codes, parse_evaluate_config
+from mnist.system import die_with_launcher
 
 if __name__ == "__main__":
     with exit_codes("evaluate.py"):
+        die_with_launcher()
         config = parse_evaluate_config(sys.argv[1:])
         from mnist.evaluation import evaluate
 

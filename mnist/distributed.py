@@ -25,7 +25,7 @@ from torch import distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from mnist.config import EXIT_CODE_FILE, EvaluateConfig, InputError, TrainConfig, WorldError
-from mnist.system import StopRequest, die_with_parent
+from mnist.system import StopRequest
 
 T = TypeVar("T")
 
@@ -134,9 +134,6 @@ def connect(config: TrainConfig | EvaluateConfig) -> World:
     Raises:
         InputError: the world is not the one asked for, or fp16 without a GPU.
     """
-    if {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys():
-        # It is a launcher; a shell may end without its jobs. Training can still save its work.
-        die_with_parent(by=signal.SIGTERM if isinstance(config, TrainConfig) else signal.SIGKILL)
     if not gc.isenabled():
         # A job imports without garbage collection; what imports made need not be traversed again.
         gc.freeze()

@@ -9,12 +9,25 @@ import time
 from pathlib import Path
 
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+_PARENT = os.getppid()  # when this process began
 
 
 def die_with_parent(by: signal.Signals = signal.SIGKILL) -> None:
     """Have the kernel signal this process when its parent ends (on Linux; elsewhere do nothing)."""
     if _LIBC is not None:
         _LIBC.prctl(1, by)  # PR_SET_PDEATHSIG
+
+
+def die_with_launcher(by: signal.Signals = signal.SIGKILL) -> None:
+    """The same, if the parent is a launcher of jobs; a shell may end without its own.
+
+    Also if it has ended already, as it may while this process imports torch: nobody would ever end
+    this process then, which waits for the launcher to bring the processes together.
+    """
+    if {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys():
+        die_with_parent(by)
+        if os.getppid() != _PARENT:
+            os.kill(os.getpid(), by)
 
 
 class StopRequest:

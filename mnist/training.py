@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import signal
 import sys
 import time
 from contextlib import ExitStack
@@ -52,7 +53,7 @@ from mnist.model import MLP, load_model, model_bytes, save_model
 from mnist.report import Example
 from mnist.run_folder import Start, checkpoints_of, open_run_folder
 from mnist.step import Learner
-from mnist.system import StopRequest, flush_to_disk
+from mnist.system import StopRequest, die_with_launcher, flush_to_disk
 from mnist.tracking import NoMirror
 
 _VALIDATION_BATCH = 4096  # large enough for full speed; the activations stay in megabytes
@@ -80,6 +81,7 @@ def train(config: TrainConfig, painter: Painter | None, mirror: NoMirror) -> Non
     fetch_mnist(config.data_dir)  # before processes wait for each other
     world = connect(config)
     with StopRequest() as stop, ExitStack() as stack:
+        die_with_launcher(by=signal.SIGTERM)  # from now on there may be work to save
         start = world.from_main(lambda: open_run_folder(config, world, stack))
         if start.complete:
             mirror = NoMirror()

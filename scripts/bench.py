@@ -50,6 +50,12 @@ Measure = Callable[[], float]
 """Does something once and returns the seconds it took."""
 
 
+def show(progress: str) -> None:
+    """On a terminal, in place of what was shown before."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{progress}", end="", file=sys.stderr, flush=True)
+
+
 @dataclass
 class Results:
     """Seconds by part and name, one per round, and ratios of them."""
@@ -63,12 +69,12 @@ class Results:
         found = self.seconds[part] = {name: [] for name in measures}
         for turn in range(rounds + 1):
             for name, measure in measures.items():
-                print(f"\r\033[K{part}, round {turn} of {rounds}: {name}", end="", file=sys.stderr)
+                show(f"{part}, round {turn} of {rounds}: {name}")
                 with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
                     value = measure()
                 if turn:
                     found[name].append(value)
-        print(end="\r\033[K", file=sys.stderr)
+        show("")
 
     def ratio(self, part: str, one: str, other: str) -> float:
         """The median, over the rounds, of one time against the other."""
@@ -378,13 +384,13 @@ def accuracy(results: Results, options: argparse.Namespace, folder: Path) -> Non
     loop, seconds = UsualLoop(options.data_dir), 0.0
     found["DataLoader loop"] = None
     for epoch in range(1, TrainConfig().epochs + 1):
-        print(f"\r\033[Kaccuracy: DataLoader loop, epoch {epoch}", end="", file=sys.stderr)
+        show(f"accuracy: DataLoader loop, epoch {epoch}")
         seconds += loop.epoch()
         loop.score()
         if loop.accuracy >= GOAL:
             found["DataLoader loop"] = (seconds, epoch)
             break
-    print(end="\r\033[K", file=sys.stderr)
+    show("")
     print(f"\n{f'training until the test accuracy is {GOAL:.2%}':47} seconds   epochs")
     for name, reached in found.items():
         shown = f"{reached[0]:7.2f}  {reached[1]:7.0f}" if reached else "  never"
@@ -471,8 +477,8 @@ def predict(results: Results, locals_: tuple[int, ...]) -> None:
     communication with anything, and machines as fast as this one.
     """
     message = 4 * (sum(p.numel() for p in MLP(TrainConfig().hidden_sizes).parameters()) + 3)
-    print("\npredicted efficiency, 10 Gbit/s, 30 us a message   " + "images each: " + "  ".join(
-        f"{n:>6}" for n in locals_))  # fmt: skip
+    head = "predicted efficiency, 10 Gbit/s, 30 us a message"
+    print(f"\n{head:62}" + "  ".join(f"{n:6}" for n in locals_) + "  images each")
     predicted = results.more["predicted efficiency"] = {}
     for size in (8, 16, 64, 256, 1024):
         ring = 2 * (size - 1) * (30e-6 + message / size / 1.25e9)
@@ -481,7 +487,7 @@ def predict(results: Results, locals_: tuple[int, ...]) -> None:
             step = statistics.median(results.seconds["scaling"][f"100 bare steps, batch {local}"])
             row[local] = step / 100 / (step / 100 + ring)
         shown = "  ".join(f"{row[local]:6.0%}" for local in locals_)
-        print(f"  {size:5} processes {'':46}{shown}")
+        print(f"{f'  {size:5} processes':62}{shown}")
 
 
 def communicate() -> None:

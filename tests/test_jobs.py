@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -350,6 +351,27 @@ def test_job_does_not_outlive_its_launcher(tmp_path, data_dir, processes):
         assert b"epoch" in launcher.stdout.readline()
         jobs = psutil.Process(launcher.pid).children(recursive=True)
         assert len(jobs) >= processes
+    finally:
+        launcher.kill()
+        launcher.wait()
+    assert psutil.wait_procs(jobs, timeout=5)[1] == []
+
+
+def test_job_does_not_outlive_a_launcher_that_dies_early(tmp_path, data_dir):
+    # While the processes import torch: without care, one goes on to wait for the launcher's store.
+    launcher = subprocess.Popen(
+        f"{ROOT}/scripts/train --processes 2 --data-dir {data_dir}".split(),
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    jobs: list[psutil.Process] = []
+    try:
+        deadline = time.monotonic() + 60
+        while not any("mnist.figures" in word for job in jobs for word in job.cmdline()):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+            jobs = psutil.Process(launcher.pid).children(recursive=True)
     finally:
         launcher.kill()
         launcher.wait()

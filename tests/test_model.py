@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mnist import model as model_module
 from mnist.config import InputError
-from mnist.model import MLP, load_model, save_model
+from mnist.model import MLP, load_model, product, save_model
 
 WIDTHS = (20, 16, 12, 14)
 
@@ -24,6 +25,8 @@ def test_five_linear_layers_as_numpy_computes_them():
         if index < 4:
             hidden = np.maximum(hidden, 0)
     np.testing.assert_allclose(model(images).detach().numpy(), hidden, atol=1e-5)
+    with torch.no_grad():
+        np.testing.assert_allclose(model(images).numpy(), hidden, atol=1e-5)
 
 
 def test_initial_weights_depend_on_the_seed_alone():
@@ -99,3 +102,33 @@ def test_other_files_are_one_clear_error(tmp_path):
         save_file(tensors, bad, {"mnist-mlp-1": json.dumps(metadata)})
         with pytest.raises(InputError, match=expected):
             load_model(bad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [0, 1, 2, 64])
+def test_product_is_that_of_float64(dtype, rows):
+    generator = torch.Generator().manual_seed(rows)
+    a, b, bias = (
+        torch.randn(*shape, generator=generator) for shape in ((rows, 50), (30, 50), (30,))
+    )
+    a, b, bias = a.to(dtype), b.to(dtype), bias.to(dtype)
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {}
+    expected = a.double() @ b.double().t()
+    torch.testing.assert_close(product(a, b), expected.to(dtype), **tolerance)
+    torch.testing.assert_close(product(a, b, bias), (expected + bias).to(dtype), **tolerance)
+    # As the gradient uses it: of transposed views, with nothing to sum over in an empty slice.
+    gradient = product(a.t(), torch.ones(rows, 7, dtype=dtype).t())
+    expected = a.double().sum(0)[:, None].expand(-1, 7)
+    torch.testing.assert_close(gradient, expected.to(dtype), **tolerance)
+
+
+def test_product_keeps_what_is_not_a_number():
+    a = torch.ones(4, 8)
+    a[2, 3] = float("nan")
+    assert product(a, torch.ones(5, 8)).isnan().all(1).tolist() == [False, False, True, False]
+
+
+def test_canary_torch_has_onednn_s_product_on_this_cpu():
+    # Without it everything works, at half the speed in fp32, and worlds differ in their last bits.
+    if torch.backends.mkldnn.is_available():
+        assert model_module._onednn is not None
