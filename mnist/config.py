@@ -66,10 +66,11 @@ class TrainConfig:
     """SGD with momentum, or AdamW (momentum is its beta1; beta2 is 0.999)."""
     learning_rate: float = 0.01
     """Learning rate (its peak, where the schedule is not constant)."""
-    schedule: Literal["constant", "triangular"] = "constant"
-    """Learning rate over the steps; triangular rises from 0 and falls back to it, linearly."""
+    schedule: Literal["constant", "triangular", "cosine"] = "constant"
+    """Learning rate over the steps; triangular and cosine rise from 0 linearly, and fall back to it
+    linearly or as a half cosine."""
     warmup: float = 0.0
-    """Share of the steps in which a triangular schedule rises, 0 to 1."""
+    """Share of the steps in which a schedule rises, 0 to 1."""
     momentum: float = 0.9
     """Momentum, 0 to below 1."""
     nesterov: bool = False
@@ -78,6 +79,22 @@ class TrainConfig:
     """Weight decay of all weights and biases, as torch.optim's SGD and AdamW define it."""
     label_smoothing: float = 0.0
     """Probability mass spread over all ten classes in the training targets, 0 to below 1."""
+    averaging: float = 0.0
+    """Decay, per step, of a moving average of the weights, which then is what is validated, saved
+    and scored: 0.999 averages over about 1,000 steps. 0: the weights as they are."""
+    rotation: float = 0.0
+    """Distort training images: rotate by up to this, in degrees, either way."""
+    scaling: float = 0.0
+    """Distort training images: stretch width and height, each by up to this share, either way."""
+    shear: float = 0.0
+    """Distort training images: slant by up to this many pixels per pixel of height, either way."""
+    shift: float = 0.0
+    """Distort training images: move by up to this many pixels, sideways and up or down."""
+    elastic: float = 0.0
+    """Distort training images: move every pixel by this many pixels (root mean square along either
+    axis), neighbours by nearly the same: Simard et al. 2003."""
+    elastic_smoothness: float = 5.0
+    """Pixels over which an elastic distortion changes: the sigma of Simard's Gaussian."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Of the large matrix products; auto: the launcher's, else bf16 where it is native."""
     exact_sums: bool = True
@@ -128,11 +145,18 @@ class TrainConfig:
         _require(self, 0 <= self.warmup <= 1, "warmup", "0 to 1")
         _require(self, 0 <= self.momentum < 1, "momentum", "0 to below 1")
         if self.warmup and self.schedule == "constant":
-            raise InputError("--warmup takes --schedule triangular")
+            raise InputError("--warmup takes --schedule triangular or cosine")
         if self.nesterov and (self.momentum == 0 or self.optimizer != "sgd"):
             raise InputError("--nesterov takes --optimizer sgd with a --momentum of more than 0")
         _require(self, 0 <= self.weight_decay < float("inf"), "weight_decay", "0 or more")
         _require(self, 0 <= self.label_smoothing < 1, "label_smoothing", "0 to below 1")
+        _require(self, 0 <= self.averaging < 1, "averaging", "0 to below 1")
+        _require(self, 0 <= self.rotation <= 180, "rotation", "0 to 180")
+        _require(self, 0 <= self.scaling < 1, "scaling", "0 to below 1")
+        for field in ("shear", "shift", "elastic"):
+            _require(self, 0 <= getattr(self, field) < float("inf"), field, "0 or more")
+        smoothness = self.elastic_smoothness
+        _require(self, 0.5 <= smoothness <= 28, "elastic_smoothness", "0.5 to 28")
         _require(self, 0 <= self.validation_size <= 59_000, "validation_size", "0 to 59000")
         _require(self, self.log_every >= 1, "log_every", "1 or more")
         every = self.checkpoint_every
@@ -146,6 +170,12 @@ class TrainConfig:
             "run_name",
             "a plain folder name of letters, digits and . _ - + =",
         )
+
+    @property
+    def distorts(self) -> bool:
+        """Whether training images are distorted."""
+        amounts = (self.rotation, self.scaling, self.shear, self.shift, self.elastic)
+        return any(amounts)
 
     @property
     def run_folder(self) -> Path:
@@ -240,7 +270,8 @@ def _require_processes(config: TrainConfig | EvaluateConfig) -> None:
 # What a run computes depends on these alone; a run is only ever continued with the same ones.
 _NUMERIC = (
     "seed epochs batch_size hidden_sizes optimizer learning_rate schedule warmup momentum nesterov "
-    "weight_decay label_smoothing precision exact_sums validation_size"
+    "weight_decay label_smoothing averaging rotation scaling shear shift elastic "
+    "elastic_smoothness precision exact_sums validation_size"
 ).split()
 
 RECIPES: dict[str, dict[str, Any]] = {

@@ -184,6 +184,32 @@ def draw_predictions(
     _save(figure, path)
 
 
+def draw_distortions(images: np.ndarray, title: str, path: Path) -> None:
+    """Images as they are, and below each several that training makes of it, as a PNG.
+
+    Args:
+        images: rows×columns×28×28, 0 to 255; the first row is as it is.
+        title: above the grid.
+        path: the file to make.
+    """
+    rows, columns = images.shape[:2]
+    tile, gap = 30, 8  # pixels: of an image with its margin; between the first row and the others
+    sheet = np.zeros((rows * tile + gap, columns * tile), np.uint8)
+    for row in range(rows):
+        top = row * tile + (gap if row else 0) + 1
+        for column in range(columns):
+            left = column * tile + 1
+            sheet[top : top + 28, left : left + 28] = images[row, column]
+    width, height, head = 0.8 * columns, 0.8 * sheet.shape[0] / tile, 0.4
+    figure = _new_figure(width, height + head)
+    figure.suptitle(title, fontsize=11)
+    axes = figure.add_axes((0, 0, 1, height / (height + head)))
+    axes.set_axis_off()
+    axes.imshow(sheet, cmap="gray_r", vmin=0, vmax=255, aspect="auto", interpolation="nearest")
+    axes.axhline(tile + gap / 2 - 0.5, color=_TRAIN, linewidth=1)
+    _save(figure, path)
+
+
 if __name__ == "__main__":
     code = int(_draw_what_arrives())
     atexit._run_exitfuncs()  # Matplotlib's, which remove its temporary folder

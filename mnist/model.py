@@ -41,11 +41,25 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     On CPUs by oneDNN. For fp32 torch takes MKL, which is half as fast on AMD (64×784 by 512×784:
     260 us against 130), and in which a row can depend on how many there are, and on the threads.
     """
-    onednn = a.device.type == "cpu" and a.dtype in (torch.float32, torch.bfloat16)
-    if _onednn is not None and onednn and a.numel() and b.numel():
-        if len(a) == 1:  # a single row would be summed in another order
-            return product(a.expand(2, -1), b, bias)[:1]
+    return find_product(a.device, a.dtype)(a, b, bias)
+
+
+def find_product(device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
+    """``product``, as it is made of tensors of this kind."""
+    onednn = device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
+    return _onednn_product if _onednn is not None and onednn else _torch_product
+
+
+def _onednn_product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    if len(a) > 1 and a.shape[1]:
+        assert _onednn is not None
         return _onednn(a, b, bias, "none", [], "")  # its own ReLU would turn NaN to 0
+    if len(a) == 1 and a.shape[1]:  # a single row would be summed in another order
+        return _onednn_product(a.expand(2, -1), b, bias)[:1]
+    return _torch_product(a, b, bias)
+
+
+def _torch_product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     return a @ b.t() if bias is None else torch.addmm(bias, a, b.t())
 
 

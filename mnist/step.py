@@ -6,18 +6,18 @@ takes 0.70 of the time of autograd with autocast, and repeats bit for bit (Distr
 regroups its buckets after the first step of a process).
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.utils import parameters_to_vector
-from torch.optim.adamw import adamw
-from torch.optim.sgd import sgd
 
 from mnist.config import TrainConfig
 from mnist.data import rank_slice
 from mnist.distributed import World, widest_float
-from mnist.model import CLASSES, MLP, product
+from mnist.model import CLASSES, MLP, find_product
 
 # Layers after the last one of this many weights stay in float32, the logits among them: small
 # products gain nothing in half precision (64×64 at batch 64 on a CPU: 61 us in bf16, 12 in fp32).
@@ -25,22 +25,23 @@ _HALF_PRECISION_MIN_WEIGHTS = 2**15
 
 _SCALE_GROWTH_INTERVAL = 2000  # steps without overflow after which the fp16 loss scale doubles
 
+_UNSCORED_IMAGES = 2**14  # whose logits may wait to be scored
+_LOSS_STEPS = 2.0**24  # per nat, to which losses are rounded, so that their float64 sums are exact
+
 
 class _Layer(NamedTuple):
-    """Views of one layer into the flat buffers, in the precision it computes in."""
+    """Views of one layer into a flat buffer."""
 
     weight: Tensor  # outputs × inputs
     bias: Tensor  # outputs
-    weight_gradient: Tensor
-    bias_gradient: Tensor
-    onednn: bool  # whether its products are ``model.product``'s
 
 
 class Learner:
     """An MLP in training: its flat buffers and the step that changes them.
 
-    ``model`` shares memory with ``parameters``: always current, always float32. Layers in half
-    precision compute from a copy that each update renews, as autocast would make it.
+    ``model`` shares memory with ``average``, which is ``parameters`` itself unless the settings ask
+    for an average of the weights: always current, always float32. Layers in half precision compute
+    from a copy of ``parameters`` that each update renews, as autocast would make it.
     """
 
     def __init__(self, model: MLP, config: TrainConfig, world: World) -> None:
@@ -50,15 +51,18 @@ class Learner:
         half_layers = large[-1] + 1 if large and world.precision != torch.float32 else 0
 
         self.parameters = parameters_to_vector(model.parameters()).detach().to(world.device)
+        self.average = self.parameters.clone() if config.averaging else self.parameters
         size = self.parameters.numel()
         self.momentum = torch.zeros_like(self.parameters)
         self.squares = torch.zeros(size if config.optimizer == "adamw" else 0, device=world.device)
         self.updates = torch.zeros((), device=world.device)  # as AdamW counts them
-        # All that one all-reduce carries: the gradient, the sums of loss and correct answers, and
-        # how many ranks are asked to stop.
-        self.reduced = torch.zeros(size + 3, device=world.device)
-        self.gradient, self.sums, self._stop = self.reduced.split([size, 2, 1])
+        # All that one all-reduce carries: the gradient, and how many ranks are asked to stop.
+        self.reduced = torch.zeros(size + 1, device=world.device)
+        self.gradient, self._stop = self.reduced.split([size, 1])
+        # Sums of loss and correct answers: over all ranks, and of this one alone.
         self.totals = torch.zeros(2, dtype=widest_float(world.device), device=world.device)
+        self._own_totals = torch.zeros_like(self.totals)
+        self._unscored: list[tuple[Tensor, Tensor]] = []
         # On GPUs a row's result depends on its batch, so that nothing is gained there.
         exact = world.precision == torch.float32 and world.device.type == "cpu"
         self._gathers = exact and config.exact_sums and world.size > 1
@@ -68,27 +72,13 @@ class Learner:
         )
         self._half = self.parameters[:half_size].to(world.precision)
         self._half_gradient = torch.zeros_like(self._half)
-        self._layers: list[_Layer] = []
-        start = 0
-        for index, layer in enumerate(model.layers):
-            middle = start + layer.weight.numel()
-            stop = middle + layer.bias.numel()
-            half = index < half_layers
-            flat = self._half if half else self.parameters
-            flat_gradient = self._half_gradient if half else self.gradient
-            self._layers.append(
-                _Layer(
-                    weight=flat[start:middle].view(layer.weight.shape),
-                    bias=flat[middle:stop],
-                    weight_gradient=flat_gradient[start:middle].view(layer.weight.shape),
-                    bias_gradient=flat_gradient[middle:stop],
-                    # Its overhead of 10 us is more than small products take.
-                    onednn=exact or half,
-                )
-            )
-            layer.weight.data = self.parameters[start:middle].view(layer.weight.shape)
-            layer.bias.data = self.parameters[middle:stop]
-            start = stop
+        self._product = find_product(world.device, world.precision)
+        # oneDNN's overhead of 10 us is more than small products take.
+        self._product_layers = len(model.layers) if exact else half_layers
+        self._layers = self._views(self.parameters, self._half)
+        self._gradients = self._views(self.gradient, self._half_gradient)
+        for layer, (weight, bias) in zip(model.layers, self._views(self.average), strict=True):
+            layer.weight.data, layer.bias.data = weight, bias
 
         self._targets = torch.eye(CLASSES, device=world.device)
         self._targets += config.label_smoothing * (1 / CLASSES - self._targets)
@@ -97,6 +87,19 @@ class Learner:
         self.loss_scale = torch.tensor(2.0**16, device=world.device) if scaled else None
         self.steps_without_overflow = torch.zeros((), device=world.device)
 
+    def _views(self, flat: Tensor, half: Tensor | None = None) -> list[_Layer]:
+        """The layers in a flat buffer, or the first of them in its copy in half precision."""
+        layers: list[_Layer] = []
+        start = 0
+        for layer in self.model.layers:
+            middle = start + layer.weight.numel()
+            stop = middle + layer.bias.numel()
+            buffer = half if half is not None and stop <= len(half) else flat
+            weight = buffer[start:middle].view(layer.weight.shape)
+            layers.append(_Layer(weight, buffer[middle:stop]))
+            start = stop
+        return layers
+
     @torch.no_grad()
     def step(
         self,
@@ -104,6 +107,7 @@ class Learner:
         labels: Tensor,
         batch_size: int,
         learning_rate: float,
+        averaging: float = 0.0,
         stop: bool = False,
     ) -> None:
         """Learn from one global batch.
@@ -114,23 +118,33 @@ class Learner:
             labels: int64, n.
             batch_size: images in the global batch, over all ranks: the divisor of the loss.
             learning_rate: of this step.
+            averaging: the weight of the new weights in their average.
             stop: whether this rank is asked to stop; all learn of it by ``asked_to_stop``.
         """
-        inputs, deltas, scores = self._differentiate(images, labels, batch_size)
+        inputs, deltas = self._differentiate(images, labels, batch_size)
         if self._gathers:
-            stops, *columns = self._gather([*inputs, *deltas, scores], batch_size, stop)
-            inputs, deltas = columns[: len(inputs)], columns[len(inputs) : -1]
-            self._sum(inputs, deltas, columns[-1])
+            stops, *columns = self._gather([*inputs, *deltas], batch_size, stop)
+            inputs, deltas = columns[: len(inputs)], columns[len(inputs) :]
+            self._sum(inputs, deltas)
             self._stop.fill_(stops)
         else:
-            self._sum(inputs, deltas, scores)
+            self._sum(inputs, deltas)
             self._stop.fill_(stop)
             self.world.all_reduce(self.reduced)
-        self.totals += self.sums
         self._update(learning_rate)
+        if averaging and self.average is not self.parameters:
+            self.average.lerp_(self.parameters, averaging)
+
+    def sum_up(self) -> None:
+        """Let ``totals`` have all steps, on every rank: each has to be here."""
+        self._score()
+        self.world.all_reduce(self._own_totals)
+        self.totals += self._own_totals
+        self._own_totals.zero_()
 
     def take_totals(self) -> Tensor:
         """Sums of loss and correct predictions over all ranks since the last call."""
+        self.sum_up()
         totals = self.totals.clone()
         self.totals.zero_()
         return totals
@@ -140,12 +154,12 @@ class Learner:
         return bool(self._stop)
 
     def state(self) -> dict[str, Tensor]:
-        """A copy of all that a checkpoint needs beside ``weights``, by name."""
+        """A copy of all that a checkpoint needs beside ``weights``, by name; after ``sum_up``."""
         return {name: tensor.clone() for name, tensor in self._state().items()}
 
     def weights(self) -> dict[str, Tensor]:
         """A copy of the model's ``state_dict``."""
-        copy = self.parameters.clone()
+        copy = self.average.clone()
         parts = copy.split([p.numel() for p in self.model.parameters()])
         shapes = {name: p.shape for name, p in self.model.state_dict().items()}
         return {
@@ -157,67 +171,89 @@ class Learner:
     def load(self, weights: dict[str, Tensor], state: dict[str, Tensor]) -> None:
         """Go on from copies made by ``weights`` and ``state``, in a world of any size."""
         self.model.load_state_dict(weights)
-        self._half.copy_(self.parameters[: len(self._half)])
         for name, tensor in self._state().items():
             tensor.copy_(state[name])
+        self._half.copy_(self.parameters[: len(self._half)])
 
     def _state(self) -> dict[str, Tensor]:
         names = "momentum squares updates totals steps_without_overflow".split()
+        if self.average is not self.parameters:
+            names.append("parameters")
         state: dict[str, Tensor] = {name: getattr(self, name) for name in names}
         return state if self.loss_scale is None else state | {"loss_scale": self.loss_scale}
 
     def logits(self, images: Tensor) -> Tensor:
-        """Logits, n×10 float32, of normalised images, n×784, in the training precision."""
-        return self._forward(images)[1]
+        """Logits, n×10 float32, of normalised images, n×784, in the training precision: those of
+        ``model``."""
+        if self.average is self.parameters:
+            return self._forward(images, self._layers)[1]
+        half = self.average[: len(self._half)].to(self._half.dtype)
+        return self._forward(images, self._views(self.average, half))[1]
 
-    def _forward(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+    def _forward(self, images: Tensor, layers: Sequence[_Layer]) -> tuple[list[Tensor], Tensor]:
         """The input of each layer, in its precision, and the logits."""
         inputs: list[Tensor] = []
         hidden = images
-        for layer in self._layers:
-            if inputs:
+        for index, (weight, bias) in enumerate(layers):
+            if index:
                 hidden = hidden.relu_()
-            inputs.append(hidden.to(layer.weight.dtype))
-            if layer.onednn:
-                hidden = product(inputs[-1], layer.weight, layer.bias)
+            if hidden.dtype is not weight.dtype:
+                hidden = hidden.to(weight.dtype)
+            inputs.append(hidden)
+            if index < self._product_layers:
+                hidden = self._product(hidden, weight, bias)
             else:
-                hidden = torch.addmm(layer.bias, inputs[-1], layer.weight.t())
+                hidden = torch.addmm(bias, hidden, weight.t())
         return inputs, hidden.float()
 
     def _differentiate(
         self, images: Tensor, labels: Tensor, batch_size: int
-    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """For n images: the input of each layer; the derivative of the loss by each layer's output;
-        and, n×2, what they add to the sums: loss, and whether the answer is correct."""
-        inputs, logits = self._forward(images)
-        log_probabilities = logits.log_softmax(1)
-        # Of the labels as they are: comparable with validation whatever the label smoothing.
-        losses = log_probabilities.gather(1, labels[:, None]).neg_()
-        correct = (logits.argmax(1) == labels)[:, None]
-        scores = torch.cat([losses, correct], 1)
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """For n images: the input of each layer, and the derivative of the loss by its output."""
+        inputs, logits = self._forward(images, self._layers)
+        self._unscored.append((logits, labels))
+        if len(self._unscored) * len(images) > _UNSCORED_IMAGES:
+            self._score()
         # Of cross-entropy over softmax, by the logits; then backwards by each layer's output.
-        delta = log_probabilities.exp_().sub_(self._targets[labels]).div_(batch_size)
+        delta = logits.softmax(1).sub_(self._targets[labels]).div_(batch_size)
         if self.loss_scale is not None:
             delta *= self.loss_scale
         deltas: list[Tensor] = []
-        for layer, layer_input in zip(reversed(self._layers), reversed(inputs), strict=True):
-            delta = delta.to(layer.weight.dtype)
-            deltas.insert(0, delta)
-            if layer_input is not inputs[0]:
-                weight = layer.weight
-                delta = product(delta, weight.t()) if layer.onednn else delta @ weight
+        for index in reversed(range(len(inputs))):
+            weight, layer_input = self._layers[index].weight, inputs[index]
+            if delta.dtype is not weight.dtype:
+                delta = delta.to(weight.dtype)
+            deltas.append(delta)
+            if index:
+                by_product = index < self._product_layers
+                delta = self._product(delta, weight.t()) if by_product else delta @ weight
                 delta = torch.ops.aten.threshold_backward(delta, layer_input, 0)
-        return inputs, deltas, scores
+        return inputs, deltas[::-1]
 
-    def _sum(self, inputs: list[Tensor], deltas: list[Tensor], scores: Tensor) -> None:
-        """Fill the gradient and the sums with those over images."""
-        torch.sum(scores, 0, out=self.sums)
-        for layer, layer_input, delta in zip(self._layers, inputs, deltas, strict=True):
-            torch.sum(delta, 0, out=layer.bias_gradient)
-            if layer.weight.dtype == torch.float32 and layer.onednn:
-                layer.weight_gradient.copy_(product(delta.t(), layer_input.t()))
+    def _score(self) -> None:
+        """Add up the losses and correct answers of the steps since this was last done.
+
+        Many at once, since it is a few operations for each call. The sums are exact, and so the
+        same in whatever portions and by however many ranks they are made.
+        """
+        if not self._unscored:
+            return
+        logits, labels = (torch.cat(parts) for parts in zip(*self._unscored, strict=True))
+        self._unscored.clear()
+        # Of the labels as they are: comparable with validation whatever the label smoothing.
+        losses = functional.cross_entropy(logits, labels, reduction="none").to(self.totals.dtype)
+        self._own_totals[0] += losses.mul_(_LOSS_STEPS).round_().sum() / _LOSS_STEPS
+        self._own_totals[1] += (logits.argmax(1) == labels).sum()
+
+    def _sum(self, inputs: list[Tensor], deltas: list[Tensor]) -> None:
+        """Fill the gradient with the sum over images."""
+        for index, (weight, bias) in enumerate(self._gradients):
+            delta, layer_input = deltas[index], inputs[index]
+            torch.sum(delta, 0, out=bias)
+            if weight.dtype is torch.float32 and index < self._product_layers:
+                weight.copy_(self._product(delta.t(), layer_input.t()))
             else:
-                torch.mm(delta.t(), layer_input, out=layer.weight_gradient)
+                torch.mm(delta.t(), layer_input, out=weight)
         self.gradient[: len(self._half)].copy_(self._half_gradient)
 
     def _gather(self, columns: list[Tensor], batch_size: int, stop: bool) -> list[Tensor]:
@@ -256,23 +292,25 @@ class Learner:
         overflow = None
         if self.loss_scale is not None:
             overflow = (~self.gradient.isfinite().all()).float()
+        # What torch.optim's functions call, which have 15 us of checks.
         if self.config.optimizer == "sgd":
-            sgd(
+            torch._fused_sgd_(
                 [self.parameters],
                 [self.gradient],
-                [self.momentum],
+                [self.momentum] if self.config.momentum else [],
                 lr=learning_rate,
                 momentum=self.config.momentum,
                 dampening=0.0,
                 nesterov=self.config.nesterov,
                 weight_decay=self.config.weight_decay,
                 maximize=False,
-                fused=True,
+                is_first_step=False,
                 grad_scale=self.loss_scale,
                 found_inf=overflow,
             )
         else:
-            adamw(
+            self.updates += 1 if overflow is None else 1 - overflow
+            torch._fused_adamw_(
                 [self.parameters],
                 [self.gradient],
                 [self.momentum],
@@ -286,7 +324,6 @@ class Learner:
                 amsgrad=False,
                 weight_decay=self.config.weight_decay,
                 maximize=False,
-                fused=True,
                 grad_scale=self.loss_scale,
                 found_inf=overflow,
             )

@@ -19,6 +19,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 from torch.nn import functional
 
+from mnist.augment import Distortion
 from mnist.checkpoint import Contents, Saver
 from mnist.config import (
     EvaluateConfig,
@@ -46,7 +47,7 @@ from mnist.evaluation import (
     summary,
     write_evaluation,
 )
-from mnist.figures import Painter, draw_curves, draw_predictions
+from mnist.figures import Painter, draw_curves, draw_distortions, draw_predictions
 from mnist.inputs import Inputs, open_mnist
 from mnist.metrics import NoTracker, Tracker, read_metrics
 from mnist.model import MLP, load_model, model_bytes, save_model
@@ -144,6 +145,15 @@ class Plan:
         """Of a step, by the schedule at its middle."""
         return self.config.learning_rate * schedule((step - 0.5) / self.steps, self.config)
 
+    def averaging(self, step: int) -> float:
+        """The weight that a step's weights have in their average.
+
+        Less of the first ones are forgotten more slowly: their share falls as 10/step.
+        """
+        if not self.config.averaging:
+            return 0.0
+        return max(1 - self.config.averaging, 10 / (10 + step))
+
     def ends_epoch(self, step: int) -> bool:
         """Whether a step is the last of its epoch."""
         return step % self.steps_per_epoch == 0
@@ -223,6 +233,7 @@ def fit(
     learner = Learner(MLP(config.hidden_sizes).initialise(config.seed), config, world)
     if start.checkpoint is not None:
         load_checkpoint(learner, start.checkpoint)
+    distort = Distortion(config, world.device) if config.distorts else None
     look_every = 1 if world.device.type == "cpu" else _GPU_STEPS_BETWEEN_LOOKS
     interrupted = False
     with ExitStack() as stack:
@@ -237,7 +248,10 @@ def fit(
         interval = Interval(plan, start)
         for step, (images, labels) in enumerate(load_batches(training, batches), start.step + 1):
             rate, batch_size = plan.learning_rate(step), plan.batch_size(step)
-            learner.step(images, labels, batch_size, rate, stop.requested)
+            if distort is not None:
+                rows = rank_slice(batch_size, world.rank, world.size)
+                images = distort(images, step, batch_size, rows)
+            learner.step(images, labels, batch_size, rate, plan.averaging(step), stop.requested)
             if plan.ends_epoch(step) or step % config.log_every == 0:
                 row = interval.end(step, learner.take_totals())
                 if plan.ends_epoch(step) and config.validation_size:
@@ -250,7 +264,10 @@ def fit(
             if step % look_every == 0:
                 interrupted = step < plan.steps and learner.asked_to_stop()
             due = config.checkpoint_every is not None and step % config.checkpoint_every == 0
-            if saver is not None and (plan.ends_epoch(step) or due or interrupted):
+            saves = plan.ends_epoch(step) or due or interrupted
+            if saves:
+                learner.sum_up()
+            if saver is not None and saves:
                 state = {"step": step, "metrics_bytes": tracker.bytes} | interval.state()
                 send = partial(mirror.rows, tracker.bytes)
                 saver.save(step, checkpoint_files(learner, state, config), verified=send)
@@ -327,7 +344,8 @@ def schedule(progress: float, config: TrainConfig) -> float:
         return 1.0
     if progress < config.warmup:
         return progress / config.warmup
-    return (1 - progress) / (1 - config.warmup)
+    left = (1 - progress) / (1 - config.warmup)
+    return left if config.schedule == "triangular" else (1 - math.cos(math.pi * left)) / 2
 
 
 def validate(learner: Learner, share: BatchedDigits, size: int) -> tuple[dict[str, float], Sample]:
@@ -371,6 +389,10 @@ def finish(config: TrainConfig, world: World, painter: Painter, mirror: NoMirror
     model = load_model(weights.path)
     if not curves.exists():
         painter.draw(draw_curves, rows, folder.name, curves)
+    distorted = folder / "figures/distortions.png"
+    if config.distorts and not distorted.exists():
+        title = "Training images, and below each what six of its epochs may make of it"
+        painter.draw(draw_distortions, _sample_distortions(config), title, distorted)
     test = config.evaluate == "test"
     unreported = test and not (evaluation / "report.json").exists()
     if (unreported or not grid.exists()) and (test or config.validation_size):
@@ -404,6 +426,15 @@ def _sample_predictions(model: MLP, inputs: Inputs, mistakes: list[Example], see
         np.concatenate([probabilities.argmax(1), [e.prediction for e in mistakes]]).astype(int),
         np.concatenate([probabilities.max(1), [e.confidence for e in mistakes]]),
     )
+
+
+def _sample_distortions(config: TrainConfig) -> NDArray[np.uint8]:
+    """The first 16 training images, and six times what distortion makes of them: 7×16×28×28."""
+    images = load_mnist(config.data_dir, "train").images[:16]
+    distort = Distortion(config, torch.device("cpu"))
+    inputs = normalise(images, torch.float32)
+    made = [distort(inputs, step, len(images), slice(0, len(images))) for step in range(1, 7)]
+    return torch.stack([images, *map(denormalise, made)]).numpy()
 
 
 def print_summary(folder: Path, rows: list[dict[str, Any]]) -> None:

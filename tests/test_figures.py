@@ -9,7 +9,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from mnist.figures import Painter, draw_curves, draw_predictions
+from mnist.figures import Painter, draw_curves, draw_distortions, draw_predictions
 
 ROWS = [
     {"epoch": 0.5, "train/loss": 2.0, "train/accuracy": 0.3},
@@ -50,6 +50,19 @@ def test_grid_grows_with_the_sample(tmp_path, count):
     height = Image.open(tmp_path / "deep" / "grid.png").height
     rows = -(-count // 8)
     assert height == pytest.approx(110 * (1.31 * rows + 0.4), abs=2)
+
+
+def test_distortions_lie_below_their_images(tmp_path):
+    images = np.zeros((3, 5, 28, 28), np.uint8)
+    images[2, 4] = 255  # the last in the last row
+    draw_distortions(images, "title", tmp_path / "distortions.png")
+    pixels = np.asarray(Image.open(tmp_path / "distortions.png").convert("L"))
+    head = int(0.4 * 110) + 1
+    dark = np.argwhere(pixels[head:] < 50)
+    (top, left), (bottom, right) = dark.min(0), dark.max(0)
+    height, width = pixels[head:].shape
+    assert top > 0.6 * height and bottom > 0.97 * height
+    assert left > 0.75 * width and right > 0.97 * width
 
 
 @pytest.mark.parametrize("rows", [ROWS, NO_VALIDATION, ROWS[:1]])

@@ -82,6 +82,7 @@ SETTINGS = {
     "adamw": {"optimizer": "adamw", "schedule": "triangular", "warmup": 0.3},
     "bf16": {"precision": "bf16", "hidden_sizes": (512, 64, 32, 16)},
     "float32 sums": {"exact_sums": False, "label_smoothing": 0.1},
+    "record": {"averaging": 0.9, "schedule": "cosine", "warmup": 0.1, "rotation": 12, "elastic": 1},
 }
 
 

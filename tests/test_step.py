@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch.nn import functional
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mnist.config import TrainConfig
 from mnist.distributed import World
@@ -45,8 +46,9 @@ def test_gradient_and_sums_are_those_of_autograd(smoothing):
     expected = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
     torch.testing.assert_close(ours.gradient, expected, rtol=1e-4, atol=1e-7)
     plain = functional.cross_entropy(logits, labels, reduction="sum")
-    assert ours.sums[0].item() == pytest.approx(plain.item(), rel=1e-5)
-    assert ours.sums[1].item() == (logits.argmax(1) == labels).sum().item()
+    loss_sum, correct = ours.take_totals().tolist()
+    assert loss_sum == pytest.approx(plain.item(), rel=1e-5)
+    assert correct == (logits.argmax(1) == labels).sum().item()
 
 
 @pytest.mark.parametrize(
@@ -138,6 +140,69 @@ def test_totals_are_sums_since_they_were_last_taken():
     loss = functional.cross_entropy(model(images), labels, reduction="sum")
     assert ours.take_totals()[0].item() == pytest.approx(3 * loss.item(), rel=1e-5)
     assert not ours.take_totals().any()
+
+
+def test_totals_are_exact_however_often_they_are_summed_up():
+    ours, theirs = learner(MLP(WIDTHS).initialise(0)), learner(MLP(WIDTHS).initialise(0))
+    for step in range(40):
+        for each in (ours, theirs):
+            each.step(*batch(33, seed=step), batch_size=33, learning_rate=0.05)
+        if step in (3, 4, 17):
+            ours.sum_up()
+    assert torch.equal(ours.take_totals(), theirs.take_totals())
+
+
+def test_few_logits_wait_to_be_scored(monkeypatch):
+    monkeypatch.setattr("mnist.step._UNSCORED_IMAGES", 64)
+    ours = learner(MLP(WIDTHS).initialise(0))
+    for step in range(20):
+        ours.step(*batch(16, seed=step), batch_size=16, learning_rate=0.05)
+        assert len(ours._unscored) <= 4
+    assert ours.take_totals()[0] > 20 * 16  # nats
+
+
+def test_a_loss_that_is_not_finite_shows_in_the_totals():
+    ours = learner(MLP(WIDTHS).initialise(0))
+    images, labels = batch(16)
+    images[3] = torch.inf
+    ours.step(images, labels, batch_size=16, learning_rate=0.05)
+    assert not ours.take_totals()[0].isfinite()
+
+
+def test_average_of_weights_is_that_of_torch_and_what_the_model_has():
+    model = MLP(WIDTHS).initialise(0)
+    ours = learner(model, averaging=0.9)
+    theirs = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    theirs.update_parameters(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    for step in range(20):
+        images, labels = batch(16, seed=step)
+        ours.step(images, labels, batch_size=16, learning_rate=0.05, averaging=1 - 0.9)
+        optimizer.zero_grad()
+        functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+        theirs.update_parameters(model)
+    torch.testing.assert_close(ours.parameters, flat(model), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(flat(ours.model), flat(theirs.module), rtol=1e-3, atol=1e-4)
+    assert (flat(ours.model) - ours.parameters).abs().max() > 1e-3
+    images, _ = batch(50)
+    torch.testing.assert_close(ours.logits(images), ours.model(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_a_learner_goes_on_from_a_copy_of_its_state(precision):
+    settings = {"averaging": 0.9, "nesterov": True}
+    ours, theirs = (learner(MLP(LARGE).initialise(seed), precision, **settings) for seed in (0, 1))
+    for step in range(20):
+        if step == 10:
+            ours.sum_up()
+            theirs.load(ours.weights(), ours.state())
+        for each in (ours, theirs):
+            each.step(
+                *batch(33, seed=step), batch_size=33, learning_rate=0.05, averaging=10 / (10 + step)
+            )
+    assert torch.equal(ours.parameters, theirs.parameters)
+    assert torch.equal(flat(ours.model), flat(theirs.model))
 
 
 def test_fp16_overflow_leaves_weights_and_momentum_and_halves_the_scale():

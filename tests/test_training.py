@@ -19,7 +19,7 @@ from mnist.distributed import World
 from mnist.metrics import read_metrics
 from mnist.model import load_model
 from mnist.run_folder import open_run_folder
-from mnist.training import fit, schedule
+from mnist.training import Plan, fit, schedule
 
 WORLD = World(threads=1)
 # 1,000 images to train on, in 5 steps of an epoch, of which the last is a partial one.
@@ -41,8 +41,11 @@ def worlds(tmp_path_factory, data_dir) -> Path:
     # The last global batch has two images for three ranks: one slice is empty.
     tiny = f"{common} --validation-size 58900 --epochs 1 --batch-size 9 --hidden-sizes 9 8 7 6"
     half = f"{common} --validation-size 59000 --epochs 2 --precision bf16"
+    distorted = f"{tiny} --averaging 0.9 --schedule cosine --warmup 0.1 --nesterov"
+    distorted += " --rotation 12 --scaling 0.15 --shear 0.1 --shift 2 --elastic 1.2"
     jobs = [(size, f"{long} --run-name long{size}") for size in (1, 2, 3)]
     jobs += [(size, f"{tiny} --run-name tiny{size}") for size in (1, 3)]
+    jobs += [(size, f"{distorted} --run-name distorted{size}") for size in (1, 2, 3)]
     jobs += [(size, f"{half} --run-name half{size}{again}") for size in (2, 3) for again in "ab"]
     subprocess.run(
         [sys.executable, Path(__file__).with_name("fork_worlds.py")],
@@ -59,7 +62,7 @@ def open_folder(config):
         return open_run_folder(config, WORLD, stack)
 
 
-@pytest.mark.parametrize("name", ["long2", "long3", "tiny3"])
+@pytest.mark.parametrize("name", ["long2", "long3", "tiny3", "distorted2", "distorted3"])
 def test_any_world_size_is_the_same_experiment(worlds, name):
     one = load_file(worlds / f"{name[:-1]}1" / "model.safetensors")
     several = load_file(worlds / name / "model.safetensors")
@@ -82,7 +85,7 @@ def test_exact_sums_make_worlds_end_with_the_same_weights(worlds):
     # Summed rank by rank, one pair in three differs by 1e-2 after these 200 steps: where a hidden
     # value is zero but for rounding, the two worlds disagree on whether its unit learns.
     measured = torch.cpu.get_capabilities().get("avx512_f")  # elsewhere a row may depend on others
-    for name, sizes in {"long": (2, 3), "tiny": (3,)}.items():
+    for name, sizes in {"long": (2, 3), "tiny": (3,), "distorted": (2, 3)}.items():
         one = load_file(worlds / f"{name}1" / "model.safetensors")
         for size in sizes:
             several = load_file(worlds / f"{name}{size}" / "model.safetensors")
@@ -170,6 +173,19 @@ def test_schedule_rises_and_falls_linearly():
     assert shares == pytest.approx([0, 0.5, 1, 0.5, 0])
     assert schedule(0.7, TrainConfig()) == 1.0
     assert schedule(0.0, TrainConfig(schedule="triangular", warmup=0)) == 1.0
+
+
+def test_cosine_rises_linearly_and_falls_as_half_a_wave():
+    config = TrainConfig(schedule="cosine", warmup=0.2)
+    shares = [schedule(progress, config) for progress in (0.0, 0.1, 0.2, 0.4, 0.6, 1.0)]
+    assert shares == pytest.approx([0, 0.5, 1, (1 + 0.5**0.5) / 2, 0.5, 0])
+
+
+def test_average_of_weights_forgets_the_first_ones_sooner():
+    plan = Plan(600, TrainConfig(averaging=0.99))
+    weights = [plan.averaging(step) for step in (1, 10, 990, 991, 5000)]
+    assert weights == pytest.approx([10 / 11, 0.5, 0.01, 0.01, 0.01])
+    assert Plan(600, TrainConfig()).averaging(7) == 0
 
 
 def test_run_folder_of_other_settings_is_refused(tmp_path, data_dir):

@@ -1,0 +1,103 @@
+"""Random affine and elastic distortions of whole batches, on the device.
+
+Where a distorted image takes each of its pixels from is a sum of few fixed maps (x, y, 1 and the
+smooth fields of an elastic distortion) with random weights, so that the maps of a whole batch are
+one matrix product; one bilinear sampling follows. The weights are a pure function of the seed and
+the step, and those of an image of its position in the global batch: processes of any number see
+the same images.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from mnist.config import TrainConfig, derived_seed
+from mnist.data import IMAGE_SHAPE, MEAN, STD
+from mnist.model import product
+
+_GROUND = -MEAN / STD  # a pixel without ink, as the network gets it
+_LEFT_OUT = 1e-3  # share of an elastic field's variance that is not worth its cost
+
+
+def elastic_modes(smoothness: float) -> Tensor:
+    """Random fields, smooth along one axis, as a product with independent normal numbers.
+
+    White noise smoothed by a Gaussian of ``smoothness`` pixels (Simard et al. 2003), scaled to a
+    variance of 1, has the covariance exp(-d²/4s²) at a distance of d pixels. Its principal
+    components are few: 7 of 28 for 5 pixels.
+
+    Returns:
+        28×k, float32: ``modes @ z``, of k standard normal numbers z, is such a field, and
+        ``modes @ z @ modes.T``, of k×k, one over an image.
+    """
+    place = torch.arange(IMAGE_SHAPE[0], dtype=torch.float64)
+    covariance = torch.exp(-((place[:, None] - place) ** 2) / (4 * smoothness**2))
+    variances, axes = torch.linalg.eigh(covariance)
+    kept = variances.flip(0).cumsum(0) < (1 - _LEFT_OUT) * variances.sum()
+    count = int(kept.sum()) + 1
+    modes: Tensor = axes * variances.clamp(min=0).sqrt()
+    return modes.flip(1)[:, :count].float()
+
+
+class Distortion:
+    """Distorts batches as the settings of a run say; see ``TrainConfig`` for what they mean."""
+
+    def __init__(self, config: TrainConfig, device: torch.device) -> None:
+        self._config = config
+        size = IMAGE_SHAPE[0]
+        along = torch.arange(size) - (size - 1) / 2  # pixels from the centre
+        y, x = torch.meshgrid(along, along, indexing="ij")
+        maps = [x, y, torch.ones(IMAGE_SHAPE)]
+        modes = elastic_modes(config.elastic_smoothness)
+        self._modes = modes.shape[1] ** 2 if config.elastic else 0
+        if config.elastic:
+            maps.extend(config.elastic * torch.einsum("yi,xj->ijyx", modes, modes).flatten(0, 1))
+        # grid_sample counts from -1 to 1 over the width of an image
+        self._maps = (torch.stack(maps).flatten(1).t() * (2 / size)).contiguous().to(device)
+
+    def __call__(self, images: Tensor, step: int, batch_size: int, rows: slice) -> Tensor:
+        """Distort a slice of a global batch.
+
+        Args:
+            images: n×784, normalised.
+            step: of the training, which decides with the seed what is drawn.
+            batch_size: images in the global batch.
+            rows: the n places of the images in it.
+
+        Returns:
+            n×784, normalised, of the same dtype.
+        """
+        count = len(images)
+        weights = self.weights(step, batch_size)[rows].to(images.device).flatten(0, 1)
+        grid = product(weights, self._maps).view(count, 2, *IMAGE_SHAPE).permute(0, 2, 3, 1)
+        ink = (images.float() - _GROUND).view(count, 1, *IMAGE_SHAPE)
+        moved = functional.grid_sample(ink, grid, align_corners=False)
+        return moved.flatten(1).add_(_GROUND).to(images.dtype)
+
+    def weights(self, step: int, batch_size: int) -> Tensor:
+        """The weight of each map in where pixels come from: ``batch_size``×2×maps.
+
+        The two are those of the horizontal and the vertical place of the source; the first three
+        maps are x, y and 1.
+        """
+        config = self._config
+        generator = torch.Generator().manual_seed(derived_seed(config.seed, "distortion", step))
+        elastic = torch.randn(batch_size, 2, self._modes, generator=generator)
+        # Six numbers from -1 to 1 for each image.
+        uniform = torch.rand(6, batch_size, generator=generator).mul_(2).sub_(1)
+        angle = uniform[0] * math.radians(config.rotation)
+        shear = uniform[1] * config.shear
+        horizontal, vertical = 1 + uniform[2:4] * config.scaling
+        shift = uniform[4:] * config.shift
+        cosine, sine = angle.cos(), angle.sin()
+        # rotation · shear · scaling
+        affine = torch.stack(
+            [
+                *(cosine * horizontal, (cosine * shear - sine) * vertical, shift[0]),
+                *(sine * horizontal, (sine * shear + cosine) * vertical, shift[1]),
+            ],
+            1,
+        )
+        return torch.cat([affine.view(batch_size, 2, 3), elastic], 2)
