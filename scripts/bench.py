@@ -1,13 +1,16 @@
-"""Speed, measured side by side: scripts/bench [training scoring processes accuracy scaling].
+"""Speed, measured side by side: scripts/bench [PART ...], of
+
+training, distortion, scoring, processes, accuracy, scaling.
 
 What is compared is interleaved in rounds, because absolute times wander by a factor of two on a
-shared machine; ratios are medians of the rounds' ratios. Without words, all five parts (6 minutes).
+shared machine; ratios are medians of the rounds' ratios. Without words, all parts (6 minutes).
 """
 
 import argparse
 import contextlib
 import itertools
 import json
+import math
 import os
 import platform
 import statistics
@@ -26,9 +29,11 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
+from torchvision.transforms import v2
 
+from mnist.augment import Distortion
 from mnist.config import EvaluateConfig, TrainConfig, parse_train_config
-from mnist.data import fetch_mnist
+from mnist.data import fetch_mnist, load_mnist, normalise
 from mnist.distributed import World, connect
 from mnist.evaluation import score
 from mnist.inputs import open_mnist
@@ -229,6 +234,47 @@ def bare_products(dtype: torch.dtype, batch: int, times: int, train: bool) -> Me
     return seconds
 
 
+def our_distortion(data_dir: Path, world: World, config: TrainConfig, count: int) -> Measure:
+    """Distort ``count`` images of the training set, batch by batch."""
+    size = config.batch_size
+    images = normalise(load_mnist(data_dir, "train").images[:count], world.precision)
+    distort = Distortion(config, world.device)
+
+    def seconds() -> float:
+        started = time.perf_counter()
+        for step, batch in enumerate(images.split(size)):
+            distort(batch, step, len(batch), slice(0, len(batch)))
+        return time.perf_counter() - started
+
+    return seconds
+
+
+def usual_distortion(data_dir: Path, config: TrainConfig, count: int) -> Measure:
+    """The same distortions by torchvision, image by image, as a dataset's transform does it."""
+    shift = config.shift / 28
+    distort = v2.Compose(
+        [
+            v2.RandomAffine(
+                config.rotation,
+                translate=(shift, shift),
+                scale=(1 - config.scaling, 1 + config.scaling),
+                shear=math.degrees(math.atan(config.shear)),
+                interpolation=v2.InterpolationMode.BILINEAR,
+            ),
+            v2.ElasticTransform(alpha=36.0, sigma=config.elastic_smoothness),
+        ]
+    )
+    images = load_mnist(data_dir, "train").images[:count, None]
+
+    def seconds() -> float:
+        started = time.perf_counter()
+        for image in images:
+            distort(image)
+        return time.perf_counter() - started
+
+    return seconds
+
+
 def our_scoring(data_dir: Path, world: World, part: Path | None) -> Measure:
     """The evaluator's loop over the test images, with or without predictions.csv."""
     inputs = open_mnist(data_dir, "test", 0, 0)
@@ -247,7 +293,7 @@ def process(*words: str) -> Measure:
     return seconds
 
 
-# --------------------------------------------------------------------------------- the five parts
+# --------------------------------------------------------------------------------- the parts
 
 
 def training(results: Results, options: argparse.Namespace, folder: Path) -> None:
@@ -288,6 +334,26 @@ def training(results: Results, options: argparse.Namespace, folder: Path) -> Non
             f" and {results.ratio('training', f'{each} products alone', bare):.0%} of them is "
             "products"
         )
+
+
+def distortion(results: Results, options: argparse.Namespace, folder: Path) -> None:
+    """What recipe record does to every image before it learns from it."""
+    config = parse_train_config(["--recipe", "record"])
+    world = connect(config)
+    counts = {"torchvision, image by image": 500, "ours": 15_360}
+    usual, ours = counts
+    measures = {
+        usual: usual_distortion(options.data_dir, config, counts[usual]),
+        ours: our_distortion(options.data_dir, world, config, counts[ours]),
+    }
+    results.interleave("distortion", measures, options.rounds)
+    results.table("distortion", counts)
+    costs = {
+        name: 1e6 * statistics.median(results.seconds["distortion"][name]) / count
+        for name, count in counts.items()
+    }
+    results.more["distortion, us an image"] = costs
+    print(f"  {costs[ours]:.1f} us an image, torchvision {costs[usual]:.0f} us")
 
 
 def scoring(results: Results, options: argparse.Namespace, folder: Path) -> None:
@@ -505,7 +571,9 @@ def communicate() -> None:
     os._exit(0)
 
 
-PARTS = {part.__name__: part for part in (training, scoring, processes, accuracy, scaling)}
+PARTS = {
+    part.__name__: part for part in (training, distortion, scoring, processes, accuracy, scaling)
+}
 
 
 def main() -> None:

@@ -35,7 +35,9 @@ def by_loops(image, weights, smoothness, elastic):
     for row in range(28):
         for column in range(28):
             x, y = column - 13.5, row - 13.5
-            place = [w[:3] @ (x, y, 1) + f[row, column] for w, f in zip(weights, fields)]
+            place = [
+                w[:3] @ (x, y, 1) + f[row, column] for w, f in zip(weights, fields, strict=True)
+            ]
             source_x, source_y = (value + 13.5 for value in place)
             for i in (math.floor(source_y), math.floor(source_y) + 1):
                 for j in (math.floor(source_x), math.floor(source_x) + 1):
