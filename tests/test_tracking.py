@@ -267,6 +267,23 @@ def test_offline_run_reads_back(folder, tmp_path, capfd):
     assert Path(shlex.split(sync)[0]).exists()
 
 
+def test_recipe_record_is_tracked_as_any_other(tmp_path, data_dir):
+    job = Path(__file__).parents[1] / "jobs/train.py"
+    small = "--epochs 2 --validation-size 59000 --batch-size 100 --hidden-sizes 32 24 16 12"
+    words = f"--recipe record --averaging 0.9 --elastic 1.5 {small} --evaluate none"
+    places = ["--data-dir", data_dir, "--runs-dir", tmp_path / "runs", "--run-name", "small"]
+    command = [sys.executable, job, *words.split(), *places, "--wandb", "offline"]
+    subprocess.run(command, check=True, capture_output=True, timeout=90)
+    folder = tmp_path / "runs/small"
+    assert (folder / "figures/distortions.png").exists()
+    (log,) = logs(folder)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert metrics_only(history(log)) == rows and len(rows) == 2
+    (run,) = records(log, "run")
+    found = run["config"]["update"]
+    assert (found["recipe"], found["elastic"], found["averaging"]) == ("record", 1.5, 0.9)
+
+
 def test_sync_of_an_offline_run(folder, server):
     whole_run(folder, "offline")
     assert server.operations == []
