@@ -181,7 +181,10 @@ class TrainConfig:
     @property
     def run_folder(self) -> Path:
         """``runs_dir`` / the run's name."""
-        numbers = json.dumps(numeric_settings(self), sort_keys=True)
+        # Only what differs: a version with more settings gives the same name.
+        usual = numeric_settings(TrainConfig())
+        changed = {k: v for k, v in numeric_settings(self).items() if v != usual[k]}
+        numbers = json.dumps(changed, sort_keys=True)
         default = (
             f"{self.recipe}-seed{self.seed}-{hashlib.sha256(numbers.encode()).hexdigest()[:6]}"
         )

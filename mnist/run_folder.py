@@ -85,10 +85,12 @@ def _is_complete(config: TrainConfig) -> bool:
     recorded = yaml.safe_load(settings.read_text())
     if not isinstance(recorded, dict):
         raise InputError(f"{settings} is damaged: it holds no settings")
+    # What an earlier version did not know is as it is unless it is asked for.
+    recorded = numeric_settings(TrainConfig()) | recorded
     changed = [
-        f"{option(name)} {recorded.get(name)} there, {value} here"
+        f"{option(name)} {recorded[name]} there, {value} here"
         for name, value in numeric_settings(config).items()
-        if recorded.get(name) != value
+        if recorded[name] != value
     ]
     if changed:
         raise InputError(

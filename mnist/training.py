@@ -8,7 +8,7 @@ import sys
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -122,12 +122,12 @@ class Plan:
     size: int  # training images
     config: TrainConfig
 
-    @property
+    @cached_property
     def steps_per_epoch(self) -> int:
         """Of which the last may have fewer images than the others."""
         return math.ceil(self.size / self.config.batch_size)
 
-    @property
+    @cached_property
     def steps(self) -> int:
         """In all epochs."""
         return self.config.epochs * self.steps_per_epoch

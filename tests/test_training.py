@@ -197,6 +197,17 @@ def test_run_folder_of_other_settings_is_refused(tmp_path, data_dir):
     assert yaml.safe_load(before)["seed"] == 0
 
 
+def test_run_of_an_earlier_version_goes_on_unless_a_newer_setting_is_used(tmp_path, data_dir):
+    open_folder(small(tmp_path, data_dir))
+    settings = tmp_path / "run" / "config.yaml"
+    recorded = yaml.safe_load(settings.read_text())
+    del recorded["averaging"]
+    settings.write_text(yaml.safe_dump(recorded))
+    with pytest.raises(InputError, match=r"--averaging 0.0 there, 0.9 here"):
+        open_folder(small(tmp_path, data_dir, averaging=0.9))
+    open_folder(small(tmp_path, data_dir))
+
+
 def test_foreign_folder_is_refused_and_left_alone(tmp_path, data_dir):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("mine")
