@@ -1,10 +1,10 @@
-"""Random affine and elastic distortions of whole batches, on the device.
+"""Random distortions of whole batches, on the device: of strokes, then affine and elastic ones.
 
 Where a distorted image takes each of its pixels from is a sum of few fixed maps (x, y, 1 and the
 smooth fields of an elastic distortion) with random weights, so that the maps of a whole batch are
-one matrix product; one bilinear sampling follows. The weights are a pure function of the seed and
-the step, and those of an image of its position in the global batch: processes of any number see
-the same images.
+one matrix product; one bilinear sampling follows. All random numbers are a pure function of the
+seed and the step, and those of an image of its position in the global batch: processes of any
+number see the same images.
 """
 
 import math
@@ -18,6 +18,7 @@ from mnist.data import IMAGE_SHAPE, MEAN, STD
 from mnist.model import product
 
 _GROUND = -MEAN / STD  # a pixel without ink, as the network gets it
+_GAP_OFFSET = 10.0  # pixels from the centre, up to which gaps lie
 _LEFT_OUT = 1e-3  # share of an elastic field's variance that is not worth its cost
 
 
@@ -41,6 +42,18 @@ def elastic_modes(smoothness: float) -> Tensor:
     return modes.flip(1)[:, :count].float()
 
 
+def _dilate(images: Tensor) -> Tensor:
+    """The highest of each pixel and its eight neighbours, of n×28×28; 0 beyond the border.
+
+    (``max_pool2d`` takes 29 us an image on a CPU core, this 1.)
+    """
+    padded = functional.pad(images, (1, 1, 1, 1))
+    for axis in (1, 2):
+        first, second, third = (padded.narrow(axis, start, 28) for start in range(3))
+        padded = torch.maximum(torch.maximum(first, second), third)
+    return padded
+
+
 class Distortion:
     """Distorts batches as the settings of a run say; see ``TrainConfig`` for what they mean."""
 
@@ -49,6 +62,7 @@ class Distortion:
         size = IMAGE_SHAPE[0]
         along = torch.arange(size) - (size - 1) / 2  # pixels from the centre
         y, x = torch.meshgrid(along, along, indexing="ij")
+        self._x, self._y = x.to(device), y.to(device)
         maps = [x, y, torch.ones(IMAGE_SHAPE)]
         modes = elastic_modes(config.elastic_smoothness)
         self._modes = modes.shape[1] ** 2 if config.elastic else 0
@@ -72,8 +86,10 @@ class Distortion:
         count = len(images)
         weights = self.weights(step, batch_size)[rows].to(images.device).flatten(0, 1)
         grid = product(weights, self._maps).view(count, 2, *IMAGE_SHAPE).permute(0, 2, 3, 1)
-        ink = (images.float() - _GROUND).view(count, 1, *IMAGE_SHAPE)
-        moved = functional.grid_sample(ink, grid, align_corners=False)
+        ink = (images.float() - _GROUND).view(count, *IMAGE_SHAPE)
+        if self._config.thickness or self._config.gaps:
+            ink = self._redraw(ink, self.strokes(step, batch_size)[rows].to(images.device))
+        moved = functional.grid_sample(ink[:, None], grid, align_corners=False)
         return moved.flatten(1).add_(_GROUND).to(images.dtype)
 
     def weights(self, step: int, batch_size: int) -> Tensor:
@@ -83,7 +99,7 @@ class Distortion:
         maps are x, y and 1.
         """
         config = self._config
-        generator = torch.Generator().manual_seed(derived_seed(config.seed, "distortion", step))
+        generator = self._generator("distortion", step)
         elastic = torch.randn(batch_size, 2, self._modes, generator=generator)
         # Six numbers from -1 to 1 for each image.
         uniform = torch.rand(6, batch_size, generator=generator).mul_(2).sub_(1)
@@ -101,3 +117,34 @@ class Distortion:
             1,
         )
         return torch.cat([affine.view(batch_size, 2, 3), elastic], 2)
+
+    def strokes(self, step: int, batch_size: int) -> Tensor:
+        """What is drawn anew in each image, ``batch_size``×5: pixels by which strokes are thicker;
+        angle, in radians, and distance from the centre, in pixels, of a gap; half its width, in
+        pixels; and 1 if there is one, else 0."""
+        config = self._config
+        thicker, angle, offset, width, chance = torch.rand(
+            5, batch_size, generator=self._generator("strokes", step)
+        )
+        return torch.stack(
+            [
+                (2 * thicker - 1) * config.thickness,
+                angle * math.pi,
+                (2 * offset - 1) * _GAP_OFFSET,
+                width + 0.5,
+                (chance < config.gaps).float(),
+            ],
+            1,
+        )
+
+    def _redraw(self, ink: Tensor, strokes: Tensor) -> Tensor:
+        """Thicken or thin strokes, and leave gaps in them, n×28×28."""
+        thicker, angle, offset, width, gap = strokes[:, :, None, None].unbind(1)
+        # Thinner is a thicker ground.
+        signed = ink * thicker.sign()
+        ink = ink + thicker * (_dilate(signed) - signed)
+        distance = (angle.cos() * self._x + angle.sin() * self._y - offset).abs()
+        return ink * (1 - gap * (1 - (distance - width).clamp(0, 1)))
+
+    def _generator(self, purpose: str, step: int) -> torch.Generator:
+        return torch.Generator().manual_seed(derived_seed(self._config.seed, purpose, step))

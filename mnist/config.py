@@ -96,6 +96,11 @@ class TrainConfig:
     axis), neighbours by nearly the same: Simard et al. 2003."""
     elastic_smoothness: float = 5.0
     """Pixels over which an elastic distortion changes: the sigma of Simard's Gaussian."""
+    thickness: float = 0.0
+    """Distort training images: thicken or thin strokes by up to this many pixels on either side, 0
+    to 1."""
+    gaps: float = 0.0
+    """Distort training images: leave a line of 1 to 3 pixels out of this share of them."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Of the large matrix products; auto: the launcher's, else bf16 where it is native."""
     exact_sums: bool = True
@@ -156,6 +161,8 @@ class TrainConfig:
         _require(self, 0 <= self.scaling < 1, "scaling", "0 to below 1")
         for field in ("shear", "shift", "elastic"):
             _require(self, 0 <= getattr(self, field) < float("inf"), field, "0 or more")
+        for field in ("thickness", "gaps"):
+            _require(self, 0 <= getattr(self, field) <= 1, field, "0 to 1")
         smoothness = self.elastic_smoothness
         _require(self, 0.5 <= smoothness <= 28, "elastic_smoothness", "0.5 to 28")
         _require(self, 0 <= self.validation_size <= 59_000, "validation_size", "0 to 59000")
@@ -175,8 +182,8 @@ class TrainConfig:
     @property
     def distorts(self) -> bool:
         """Whether training images are distorted."""
-        amounts = (self.rotation, self.scaling, self.shear, self.shift, self.elastic)
-        return any(amounts)
+        affine = (self.rotation, self.scaling, self.shear, self.shift)
+        return any((*affine, self.elastic, self.thickness, self.gaps))
 
     @property
     def run_folder(self) -> Path:
@@ -275,7 +282,7 @@ def _require_processes(config: TrainConfig | EvaluateConfig) -> None:
 _NUMERIC = (
     "seed epochs batch_size hidden_sizes optimizer learning_rate schedule warmup momentum nesterov "
     "weight_decay label_smoothing averaging rotation scaling shear shift elastic "
-    "elastic_smoothness precision exact_sums validation_size"
+    "elastic_smoothness thickness gaps precision exact_sums validation_size"
 ).split()
 
 RECIPES: dict[str, dict[str, Any]] = {

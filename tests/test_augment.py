@@ -12,6 +12,7 @@ from mnist.data import MEAN, STD, load_mnist, normalise, rank_slice
 
 CPU = torch.device("cpu")
 ALL = {"rotation": 12.0, "scaling": 0.15, "shear": 0.1, "shift": 2.0, "elastic": 1.2}
+STROKES = {"thickness": 0.8, "gaps": 0.5}
 
 
 @pytest.fixture(scope="module")
@@ -23,10 +24,29 @@ def distortion(**settings):
     return Distortion(TrainConfig(**settings), CPU)
 
 
-def by_loops(image, weights, smoothness, elastic):
+def redrawn_by_loops(ink, strokes):
+    """Strokes as they are defined: towards the highest or lowest of nine pixels; then the gap."""
+    thicker, angle, offset, width, gap = strokes.double().numpy()
+    padded = np.pad(ink, 1)
+    result = np.zeros((28, 28))
+    for row in range(28):
+        for column in range(28):
+            near = padded[row : row + 3, column : column + 3]
+            end = near.max() if thicker > 0 else near.min()
+            value = (1 - abs(thicker)) * ink[row, column] + abs(thicker) * end
+            away = abs(math.cos(angle) * (column - 13.5) + math.sin(angle) * (row - 13.5) - offset)
+            if gap:
+                value *= min(max(away - width, 0), 1)
+            result[row, column] = value
+    return result
+
+
+def by_loops(image, weights, smoothness, elastic, strokes=None):
     """The definition, pixel by pixel: a weighted sum of x, y, 1 and smooth fields says where each
     pixel comes from; what lies between pixels is interpolated; outside there is no ink."""
     ink = (image.numpy().astype(np.float64) * STD + MEAN).reshape(28, 28)
+    if strokes is not None:
+        ink = redrawn_by_loops(ink, strokes)
     modes = elastic_modes(smoothness).double().numpy()
     weights = weights.double().numpy()
     count = modes.shape[1]
@@ -47,12 +67,14 @@ def by_loops(image, weights, smoothness, elastic):
     return (result.ravel() - MEAN) / STD
 
 
-def test_images_are_those_of_the_definition(images):
-    distort = distortion(**ALL)
+@pytest.mark.parametrize("more", [{}, STROKES])
+def test_images_are_those_of_the_definition(images, more):
+    distort = distortion(**ALL, **more)
     found = distort(images[:6], step=3, batch_size=6, rows=slice(0, 6))
     weights = distort.weights(step=3, batch_size=6)
-    for image, weight, ours in zip(images, weights, found, strict=False):
-        expected = by_loops(image, weight, 5.0, ALL["elastic"])
+    strokes = distort.strokes(step=3, batch_size=6) if more else [None] * 6
+    for image, weight, stroke, ours in zip(images, weights, strokes, found, strict=False):
+        expected = by_loops(image, weight, 5.0, ALL["elastic"], stroke)
         np.testing.assert_allclose(ours.numpy(), expected, atol=2e-4)
     assert (found - images[:6]).abs().max() > 1
 
@@ -77,6 +99,20 @@ def test_affine_weights_are_rotation_shear_and_scaling_within_their_bounds():
         assert np.abs(values).max() > 0.99 * ALL[name], name
         assert values.std() == pytest.approx(ALL[name] / math.sqrt(3), rel=0.05), name
         assert abs(values.mean()) < 0.05 * ALL[name], name
+
+
+def test_strokes_are_drawn_within_their_bounds():
+    drawn = distortion(**STROKES).strokes(step=1, batch_size=5000)
+    thicker, angle, offset, width, gap = drawn.unbind(1)
+    for values, low, high in (
+        (thicker, -0.8, 0.8),
+        (angle, 0, math.pi),
+        (offset, -10, 10),
+        (width, 0.5, 1.5),
+    ):
+        assert low <= values.min() < low + 0.01 * (high - low)
+        assert high - 0.01 * (high - low) < values.max() <= high
+    assert set(gap.tolist()) == {0.0, 1.0} and gap.mean().item() == pytest.approx(0.5, abs=0.03)
 
 
 @pytest.mark.parametrize("smoothness", [1.0, 5.0, 8.0])
@@ -107,14 +143,14 @@ def test_nothing_asked_for_changes_nothing(images):
 
 def test_ground_stays_ground(images):
     blank = normalise(torch.zeros(9, 28, 28, dtype=torch.uint8), torch.float32)
-    found = distortion(**ALL)(blank, step=1, batch_size=9, rows=slice(0, 9))
+    found = distortion(**ALL, **STROKES)(blank, step=1, batch_size=9, rows=slice(0, 9))
     torch.testing.assert_close(found, blank, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("count", [50, 7, 2])
 def test_processes_see_what_one_would_see(images, size, count):
-    distort = distortion(**ALL)
+    distort = distortion(**ALL, **STROKES)
     whole = distort(images[:count], step=9, batch_size=count, rows=slice(0, count))
     parts = [rank_slice(count, rank, size) for rank in range(size)]
     found = torch.cat([distort(images[part], 9, count, part) for part in parts])
@@ -125,7 +161,7 @@ def test_what_is_drawn_depends_on_seed_step_and_place_alone(images):
     same = images[:1].expand(50, -1)
 
     def drawn(seed, step):
-        return distortion(**ALL, seed=seed)(same, step, 50, slice(0, 50))
+        return distortion(**ALL, **STROKES, seed=seed)(same, step, 50, slice(0, 50))
 
     one = drawn(0, 1)
     torch.manual_seed(5)
@@ -136,7 +172,7 @@ def test_what_is_drawn_depends_on_seed_step_and_place_alone(images):
 
 
 def test_half_precision_is_the_same_image_rounded(images):
-    distort = distortion(**ALL)
+    distort = distortion(**ALL, **STROKES)
     full = distort(images, step=1, batch_size=50, rows=slice(0, 50))
     half = distort(images.bfloat16(), step=1, batch_size=50, rows=slice(0, 50))
     assert half.dtype == torch.bfloat16

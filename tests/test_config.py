@@ -96,6 +96,8 @@ def test_every_setting_is_either_numeric_or_known_not_to_be():
         ("--shear nan", "--shear takes 0 or more"),
         ("--shift -1", "--shift takes 0 or more"),
         ("--elastic inf", "--elastic takes 0 or more"),
+        ("--thickness 1.1", "--thickness takes 0 to 1"),
+        ("--gaps -0.1", "--gaps takes 0 to 1"),
         ("--elastic-smoothness 0", "--elastic-smoothness takes 0.5 to 28"),
         ("--recipe quick", "--recipe takes one of baseline, fast, record, not quick"),
         ("--momentum 1", "--momentum takes 0 to below 1"),
