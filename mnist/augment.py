@@ -27,7 +27,7 @@ def elastic_modes(smoothness: float) -> Tensor:
 
     White noise smoothed by a Gaussian of ``smoothness`` pixels (Simard et al. 2003), scaled to a
     variance of 1, has the covariance exp(-d²/4s²) at a distance of d pixels. Its principal
-    components are few: 7 of 28 for 5 pixels.
+    components are few: 6 of 28 for 5 pixels.
 
     Returns:
         28×k, float32: ``modes @ z``, of k standard normal numbers z, is such a field, and
@@ -119,9 +119,9 @@ class Distortion:
         return torch.cat([affine.view(batch_size, 2, 3), elastic], 2)
 
     def strokes(self, step: int, batch_size: int) -> Tensor:
-        """What is drawn anew in each image, ``batch_size``×5: pixels by which strokes are thicker;
-        angle, in radians, and distance from the centre, in pixels, of a gap; half its width, in
-        pixels; and 1 if there is one, else 0."""
+        """What is drawn anew in each image, ``batch_size``×6: pixels by which strokes are thicker;
+        of a gap, the direction across it (cosine and sine), its distance from the centre and half
+        its width, in pixels; and 1 if there is one, else 0."""
         config = self._config
         thicker, angle, offset, width, chance = torch.rand(
             5, batch_size, generator=self._generator("strokes", step)
@@ -129,7 +129,8 @@ class Distortion:
         return torch.stack(
             [
                 (2 * thicker - 1) * config.thickness,
-                angle * math.pi,
+                (angle * math.pi).cos(),
+                (angle * math.pi).sin(),
                 (2 * offset - 1) * _GAP_OFFSET,
                 width + 0.5,
                 (chance < config.gaps).float(),
@@ -139,11 +140,11 @@ class Distortion:
 
     def _redraw(self, ink: Tensor, strokes: Tensor) -> Tensor:
         """Thicken or thin strokes, and leave gaps in them, n×28×28."""
-        thicker, angle, offset, width, gap = strokes[:, :, None, None].unbind(1)
+        thicker, cosine, sine, offset, width, gap = strokes[:, :, None, None].unbind(1)
         # Thinner is a thicker ground.
         signed = ink * thicker.sign()
         ink = ink + thicker * (_dilate(signed) - signed)
-        distance = (angle.cos() * self._x + angle.sin() * self._y - offset).abs()
+        distance = (cosine * self._x + sine * self._y - offset).abs()
         return ink * (1 - gap * (1 - (distance - width).clamp(0, 1)))
 
     def _generator(self, purpose: str, step: int) -> torch.Generator:

@@ -174,6 +174,8 @@ class Learner:
         for name, tensor in self._state().items():
             tensor.copy_(state[name])
         self._half.copy_(self.parameters[: len(self._half)])
+        self._unscored.clear()
+        self._own_totals.zero_()
 
     def _state(self) -> dict[str, Tensor]:
         names = "momentum squares updates totals steps_without_overflow".split()

@@ -148,7 +148,7 @@ class Plan:
     def averaging(self, step: int) -> float:
         """The weight that a step's weights have in their average.
 
-        Less of the first ones are forgotten more slowly: their share falls as 10/step.
+        Early steps have more, as the average should soon forget the initial weights.
         """
         if not self.config.averaging:
             return 0.0
@@ -389,10 +389,6 @@ def finish(config: TrainConfig, world: World, painter: Painter, mirror: NoMirror
     model = load_model(weights.path)
     if not curves.exists():
         painter.draw(draw_curves, rows, folder.name, curves)
-    distorted = folder / "figures/distortions.png"
-    if config.distorts and not distorted.exists():
-        title = "Training images, and below each what six of its epochs may make of it"
-        painter.draw(draw_distortions, _sample_distortions(config), title, distorted)
     test = config.evaluate == "test"
     unreported = test and not (evaluation / "report.json").exists()
     if (unreported or not grid.exists()) and (test or config.validation_size):
@@ -407,6 +403,10 @@ def finish(config: TrainConfig, world: World, painter: Painter, mirror: NoMirror
         sample = _sample_predictions(model, inputs, scores.examples.mistakes[:8], config.seed)
         title = f"{folder.name}: {split} images, 24 at random and the 8 most confident mistakes"
         painter.draw(draw_predictions, *sample, title, grid)
+    distorted = folder / "figures/distortions.png"
+    if config.distorts and not distorted.exists():
+        title = "Training images, and below each what distortion makes of it"
+        painter.draw(draw_distortions, _sample_distortions(config), title, distorted)
     if test:
         mirror.evaluated("test", evaluation)
     mirror.finished()

@@ -252,6 +252,8 @@ def our_distortion(data_dir: Path, world: World, config: TrainConfig, count: int
 def usual_distortion(data_dir: Path, config: TrainConfig, count: int) -> Measure:
     """The same distortions by torchvision, image by image, as a dataset's transform does it."""
     shift = config.shift / 28
+    # Its noise is uniform, and its displacements are halves of an image's 28 pixels over 28.
+    alpha = config.elastic * 4 * math.sqrt(3 * math.pi) * config.elastic_smoothness
     distort = v2.Compose(
         [
             v2.RandomAffine(
@@ -261,7 +263,7 @@ def usual_distortion(data_dir: Path, config: TrainConfig, count: int) -> Measure
                 shear=math.degrees(math.atan(config.shear)),
                 interpolation=v2.InterpolationMode.BILINEAR,
             ),
-            v2.ElasticTransform(alpha=36.0, sigma=config.elastic_smoothness),
+            v2.ElasticTransform(alpha=alpha, sigma=config.elastic_smoothness),
         ]
     )
     images = load_mnist(data_dir, "train").images[:count, None]

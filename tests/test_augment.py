@@ -17,7 +17,7 @@ STROKES = {"thickness": 0.8, "gaps": 0.5}
 
 @pytest.fixture(scope="module")
 def images(data_dir):
-    return normalise(load_mnist(data_dir, "train").images[:50], torch.float32)
+    return normalise(load_mnist(data_dir, "train").images[:256], torch.float32)
 
 
 def distortion(**settings):
@@ -26,7 +26,7 @@ def distortion(**settings):
 
 def redrawn_by_loops(ink, strokes):
     """Strokes as they are defined: towards the highest or lowest of nine pixels; then the gap."""
-    thicker, angle, offset, width, gap = strokes.double().numpy()
+    thicker, cosine, sine, offset, width, gap = strokes.double().numpy()
     padded = np.pad(ink, 1)
     result = np.zeros((28, 28))
     for row in range(28):
@@ -34,7 +34,7 @@ def redrawn_by_loops(ink, strokes):
             near = padded[row : row + 3, column : column + 3]
             end = near.max() if thicker > 0 else near.min()
             value = (1 - abs(thicker)) * ink[row, column] + abs(thicker) * end
-            away = abs(math.cos(angle) * (column - 13.5) + math.sin(angle) * (row - 13.5) - offset)
+            away = abs(cosine * (column - 13.5) + sine * (row - 13.5) - offset)
             if gap:
                 value *= min(max(away - width, 0), 1)
             result[row, column] = value
@@ -103,7 +103,8 @@ def test_affine_weights_are_rotation_shear_and_scaling_within_their_bounds():
 
 def test_strokes_are_drawn_within_their_bounds():
     drawn = distortion(**STROKES).strokes(step=1, batch_size=5000)
-    thicker, angle, offset, width, gap = drawn.unbind(1)
+    thicker, cosine, sine, offset, width, gap = drawn.unbind(1)
+    angle = torch.atan2(sine, cosine)
     for values, low, high in (
         (thicker, -0.8, 0.8),
         (angle, 0, math.pi),
@@ -137,7 +138,7 @@ def test_elastic_fields_move_pixels_as_far_as_the_setting_says():
 
 def test_nothing_asked_for_changes_nothing(images):
     assert not TrainConfig().distorts and TrainConfig(shift=1).distorts
-    same = distortion()(images, step=1, batch_size=50, rows=slice(0, 50))
+    same = distortion()(images, step=1, batch_size=256, rows=slice(0, 256))
     torch.testing.assert_close(same, images, rtol=0, atol=1e-4)
 
 
@@ -148,12 +149,14 @@ def test_ground_stays_ground(images):
 
 
 @pytest.mark.parametrize("size", [2, 3])
-@pytest.mark.parametrize("count", [50, 7, 2])
+@pytest.mark.parametrize("count", [256, 50, 7, 2])
 def test_processes_see_what_one_would_see(images, size, count):
     distort = distortion(**ALL, **STROKES)
     whole = distort(images[:count], step=9, batch_size=count, rows=slice(0, count))
     parts = [rank_slice(count, rank, size) for rank in range(size)]
     found = torch.cat([distort(images[part], 9, count, part) for part in parts])
+    if torch.cpu.get_capabilities().get("avx512_f"):  # elsewhere a row may depend on others
+        assert torch.equal(found, whole)
     torch.testing.assert_close(found, whole, rtol=0, atol=1e-6)
 
 
@@ -173,7 +176,7 @@ def test_what_is_drawn_depends_on_seed_step_and_place_alone(images):
 
 def test_half_precision_is_the_same_image_rounded(images):
     distort = distortion(**ALL, **STROKES)
-    full = distort(images, step=1, batch_size=50, rows=slice(0, 50))
-    half = distort(images.bfloat16(), step=1, batch_size=50, rows=slice(0, 50))
+    full = distort(images, step=1, batch_size=256, rows=slice(0, 256))
+    half = distort(images.bfloat16(), step=1, batch_size=256, rows=slice(0, 256))
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.float(), full, rtol=2**-7, atol=2**-7)
