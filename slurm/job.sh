@@ -73,7 +73,9 @@ run_job() {
     [ ! -s "$state.code" ] || code=$(<"$state.code")
 
     case $code in
-        0 | 2) ;;
+        0 | 2)
+            rm -f "$state.failures"
+            ;;
         75)
             rm -f "$state.failures"
             start_again 75 'interrupted and saved'
@@ -84,10 +86,12 @@ run_job() {
                 start_again "$code" "failed with code $code"
             else
                 say "failed $MNIST_FAILURES times in a row: given up"
+                rm -f "$state.failures"
             fi
             ;;
     esac
-    rm -f "$state.code" "$state.failures"
+    # The count of failures stays where SLURM ended this script in the middle of requeuing it.
+    rm -f "$state.code"
     return "$code"
 }
 
