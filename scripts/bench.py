@@ -3,7 +3,7 @@
 training, distortion, scoring, processes, accuracy, scaling.
 
 What is compared is interleaved in rounds, because absolute times wander by a factor of two on a
-shared machine; ratios are medians of the rounds' ratios. Without words, all parts (6 minutes).
+shared machine; ratios are medians of the rounds' ratios. Without words, all parts (7 minutes).
 """
 
 import argparse
