@@ -250,11 +250,11 @@ def started(words, cwd, **environment):
         process.wait()
 
 
-def wait_for_training(folder, process):
+def wait_for_training(folder, process, since=0):
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None:
         rows = folder / "metrics.jsonl"
-        if rows.exists() and rows.stat().st_size:
+        if rows.exists() and rows.stat().st_size > since:
             return
         time.sleep(0.02)
     raise AssertionError(process.communicate()[1])
