@@ -350,7 +350,10 @@ def test_a_worker_killed_ends_the_others_and_restarts_go_on(tmp_path, data_dir, 
         while newest_step(folder) == saved:  # rows may be far ahead of checkpoints
             assert process.poll() is None, process.communicate()[1]
             time.sleep(0.02)
-        stress.tree(psutil.Process(process.pid))[1][0].kill()
+        workers = []
+        while not workers:  # none are found while a child of theirs ends
+            workers = stress.tree(psutil.Process(process.pid))[1]
+        workers[0].kill()
         out, said = process.communicate(timeout=110)
     assert process.returncode == 0, said
     assert out.count("goes on from step") >= 2
