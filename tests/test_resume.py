@@ -261,7 +261,13 @@ def wait_for_training(folder, process, since=0):
 
 
 def newest_step(folder):
-    return max(path.name for path in (folder / "checkpoints").glob("step-*"))
+    return max((path.name for path in (folder / "checkpoints").glob("step-*")), default="")
+
+
+def wait_for_checkpoint(folder, process, earlier=""):
+    while newest_step(folder) == earlier:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")
@@ -331,7 +337,7 @@ def test_a_worker_killed_ends_the_others_and_restarts_go_on(tmp_path, data_dir, 
         "9",
     ]
     with started([ROOT / "scripts/train", "--processes", "2", *options], tmp_path) as process:
-        wait_for_training(folder, process)
+        wait_for_checkpoint(folder, process)
         everyone, workers = stress.tree(psutil.Process(process.pid))
         assert len(workers) == 2
         workers[1].kill()
@@ -347,9 +353,7 @@ def test_a_worker_killed_ends_the_others_and_restarts_go_on(tmp_path, data_dir, 
     words += ["--main_process_port", "0", JOB, "--expect-world-size", "2", *options]
     saved = newest_step(folder)
     with started(words, tmp_path) as process:
-        while newest_step(folder) == saved:  # rows may be far ahead of checkpoints
-            assert process.poll() is None, process.communicate()[1]
-            time.sleep(0.02)
+        wait_for_checkpoint(folder, process, saved)  # rows may be far ahead of it
         workers = []
         while not workers:  # none are found while a child of theirs ends
             workers = stress.tree(psutil.Process(process.pid))[1]
