@@ -326,7 +326,7 @@ def training(results: Results, options: argparse.Namespace, folder: Path) -> Non
     images["recipe fast, all its training"] = 55_000 * fast.epochs
     results.table("training", images)
     loop = "DataLoader loop fp32, epoch"
-    for each in ("fp32", name):
+    for each in dict.fromkeys(("fp32", name)):  # once where auto is fp32
         ours, bare = f"ours {each}, epoch", f"ours {each}, bare steps"
         usual_bare = "autograd fp32" if each == "fp32" else "autograd + autocast"
         print(
