@@ -20,19 +20,20 @@ _FORMAT = "mnist-mlp-1"
 _INPUTS = IMAGE_SHAPE[0] * IMAGE_SHAPE[1]
 
 
-def _find_onednn() -> Callable[..., Tensor] | None:
-    """oneDNN's product of ``torch.compile``, if this torch has it and it is what we take it for."""
+def _onednn_has(dtype: torch.dtype) -> bool:
+    """Whether this torch has oneDNN's product of ``torch.compile``, it is what we take it for, and
+    it knows the type on this CPU (bf16: from AVX-512 on)."""
     a, b = torch.linspace(-1, 1, 51).view(3, 17), torch.linspace(-2, 1, 85).view(5, 17)
-    bias = torch.ones(5)
+    a, b, bias = a.to(dtype), b.to(dtype), torch.ones(5, dtype=dtype)
     try:
-        product: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise
-        found = product(a, b, bias, "none", [], "")
+        found = torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
     except (AttributeError, RuntimeError):
-        return None
-    return product if torch.allclose(found, a @ b.t() + bias, atol=1e-4) else None
+        return False
+    expected = a.float() @ b.float().t() + bias.float()
+    return torch.allclose(found.float(), expected, rtol=4 * torch.finfo(dtype).eps, atol=1e-4)
 
 
-_onednn = _find_onednn()
+_ONEDNN_TYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if _onednn_has(dtype)]
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -46,14 +47,15 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def find_product(device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
     """``product``, as it is made of tensors of this kind."""
-    onednn = device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
-    return _onednn_product if _onednn is not None and onednn else _torch_product
+    onednn = device.type == "cpu" and dtype in _ONEDNN_TYPES
+    return _onednn_product if onednn else _torch_product
 
 
 def _onednn_product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     if len(a) > 1 and a.shape[1]:
-        assert _onednn is not None
-        return _onednn(a, b, bias, "none", [], "")  # its own ReLU would turn NaN to 0
+        # Its own ReLU would turn NaN to 0.
+        found: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+        return found
     if len(a) == 1 and a.shape[1]:  # a single row would be summed in another order
         return _onednn_product(a.expand(2, -1), b, bias)[:1]
     return _torch_product(a, b, bias)

@@ -131,4 +131,5 @@ def test_product_keeps_what_is_not_a_number():
 def test_canary_torch_has_onednn_s_product_on_this_cpu():
     # Without it everything works, at half the speed in fp32, and worlds differ in their last bits.
     if torch.backends.mkldnn.is_available():
-        assert model_module._onednn is not None
+        bf16 = [torch.bfloat16] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else []
+        assert [torch.float32, *bf16] == model_module._ONEDNN_TYPES
