@@ -201,7 +201,7 @@ def kill(mirror: Mirror) -> None:
     mirror._outbox.put(None)
 
 
-def wait_for(condition: Any, seconds: float = 10) -> None:
+def wait_for(condition: Any, seconds: float = 60) -> None:
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until, "waited in vain"
