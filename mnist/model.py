@@ -20,14 +20,19 @@ _FORMAT = "mnist-mlp-1"
 _INPUTS = IMAGE_SHAPE[0] * IMAGE_SHAPE[1]
 
 
+# oneDNN's product of ``torch.compile``, if this torch has it.
+_onednn: Callable[..., Tensor] | None = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
+
 def _onednn_has(dtype: torch.dtype) -> bool:
-    """Whether this torch has oneDNN's product of ``torch.compile``, it is what we take it for, and
-    it knows the type on this CPU (bf16: from AVX-512 on)."""
+    """Whether it is what we take it for, and knows the type on this CPU (bf16: from AVX-512 on)."""
+    if _onednn is None:
+        return False
     a, b = torch.linspace(-1, 1, 51).view(3, 17), torch.linspace(-2, 1, 85).view(5, 17)
     a, b, bias = a.to(dtype), b.to(dtype), torch.ones(5, dtype=dtype)
     try:
-        found = torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
-    except (AttributeError, RuntimeError):
+        found = _onednn(a, b, bias, "none", [], "")
+    except RuntimeError:
         return False
     expected = a.float() @ b.float().t() + bias.float()
     return torch.allclose(found.float(), expected, rtol=4 * torch.finfo(dtype).eps, atol=1e-4)
@@ -39,8 +44,9 @@ _ONEDNN_TYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if _onednn_h
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """``a @ b.t() + bias``, m×n, of m×k, n×k and n, all of one dtype.
 
-    On CPUs by oneDNN. For fp32 torch takes MKL, which is half as fast on AMD (64×784 by 512×784:
-    260 us against 130), and in which a row can depend on how many there are, and on the threads.
+    On CPUs by oneDNN. For fp32 torch takes MKL, which is half as fast on AMD's CPUs with AVX-512
+    (64×784 by 512×784: 260 us against 130), and in which a row can depend on how many there are,
+    and on the threads.
     """
     return find_product(a.device, a.dtype)(a, b, bias)
 
@@ -53,9 +59,8 @@ def find_product(device: torch.device, dtype: torch.dtype) -> Callable[..., Tens
 
 def _onednn_product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     if len(a) > 1 and a.shape[1]:
-        # Its own ReLU would turn NaN to 0.
-        found: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
-        return found
+        assert _onednn is not None
+        return _onednn(a, b, bias, "none", [], "")  # its own ReLU would turn NaN to 0
     if len(a) == 1 and a.shape[1]:  # a single row would be summed in another order
         return _onednn_product(a.expand(2, -1), b, bias)[:1]
     return _torch_product(a, b, bias)
