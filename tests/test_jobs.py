@@ -357,6 +357,13 @@ def test_job_does_not_outlive_its_launcher(tmp_path, data_dir, processes):
     assert psutil.wait_procs(jobs, timeout=5)[1] == []
 
 
+def starts_figures(process: psutil.Process) -> bool:
+    try:
+        return any("mnist.figures" in word for word in process.cmdline())
+    except psutil.NoSuchProcess:  # a child that has ended since it was listed
+        return False
+
+
 def test_job_does_not_outlive_a_launcher_that_dies_early(tmp_path, data_dir):
     # While the processes import torch: without care, one goes on to wait for the launcher's store.
     launcher = subprocess.Popen(
@@ -368,7 +375,7 @@ def test_job_does_not_outlive_a_launcher_that_dies_early(tmp_path, data_dir):
     jobs: list[psutil.Process] = []
     try:
         deadline = time.monotonic() + 60
-        while not any("mnist.figures" in word for job in jobs for word in job.cmdline()):
+        while not any(map(starts_figures, jobs)):
             assert time.monotonic() < deadline
             time.sleep(0.01)
             jobs = psutil.Process(launcher.pid).children(recursive=True)
