@@ -136,11 +136,11 @@ def jobs(cluster):
 
     return {
         # Together on two nodes; each lasts some seconds.
-        "two": cluster.submit("-N2", train, *TINY, "--epochs", "50", "--run-name", "two"),
+        "two": cluster.submit("-N2", train, *TINY, "--epochs", "25", "--run-name", "two"),
         "four": cluster.submit(
-            "-N2", "--gpus-per-node=2", train, *TINY, "--epochs", "50", "--run-name", "four"
+            "-N2", "--gpus-per-node=2", train, *TINY, "--epochs", "25", "--run-name", "four"
         ),
-        "one": cluster.submit(train, *TINY, "--epochs", "50", "--run-name", "one"),
+        "one": cluster.submit(train, *TINY, "--epochs", "25", "--run-name", "one"),
         "broken": cluster.submit("--array=0-1", sweep, *TINY, MNIST_PYTHON="false"),
         "pipeline": pipeline("--run-name", "piped"),
         "failing": pipeline("--learning-rate", "1e9"),
