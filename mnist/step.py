@@ -75,13 +75,6 @@ class Learner:
         self._product = find_product(world.device, world.precision)
         # oneDNN's overhead of 10 us is more than small products take.
         self._product_layers = len(model.layers) if exact else half_layers
-        # Sums over images have one shape in every world, so that MKL may make them where it is the
-        # faster: on AVX2. There its bits depend on the threads unless sizes are multiples of 16.
-        avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
-        self._sums_by_product = [
-            exact and (avx512 or any(size % 16 for size in layer.weight.shape))
-            for layer in model.layers
-        ]
         self._layers = self._views(self.parameters, self._half)
         self._gradients = self._views(self.gradient, self._half_gradient)
         for layer, (weight, bias) in zip(model.layers, self._views(self.average), strict=True):
@@ -259,8 +252,8 @@ class Learner:
         for index, (weight, bias) in enumerate(self._gradients):
             delta, layer_input = deltas[index], inputs[index]
             torch.sum(delta, 0, out=bias)
-            if self._sums_by_product[index]:
-                weight.copy_(self._product(delta.t(), layer_input.t()))
+            if weight.dtype is torch.float32 and index < self._product_layers:
+                self._product(delta.t(), layer_input.t(), out=weight)
             else:
                 torch.mm(delta.t(), layer_input, out=weight)
         self.gradient[: len(self._half)].copy_(self._half_gradient)

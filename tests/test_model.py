@@ -122,6 +122,30 @@ def test_product_is_that_of_float64(dtype, rows):
     torch.testing.assert_close(gradient, expected.to(dtype), **tolerance)
 
 
+@pytest.mark.parametrize(("outputs", "inputs"), [(512, 784), (64, 128), (10, 64), (33, 48)])
+def test_rows_of_a_product_depend_on_nothing_else(outputs, inputs):
+    # On AVX2 by MKL, whose bits depend on the threads for some sizes, and for few rows.
+    generator = torch.Generator().manual_seed(0)
+    a, b, bias = (
+        torch.randn(*shape, generator=generator)
+        for shape in ((500, inputs), (outputs, inputs), (outputs,))
+    )
+    threads = torch.get_num_threads()
+    expected = product(a, b, bias)
+    gradient = product(a.t(), torch.cat([a, a], 1).t())  # a sum over 500 images
+    try:
+        for count in (1, 2, 3, 4):
+            torch.set_num_threads(count)
+            for rows in (*range(1, 24), 33, 50, 64, 250, 500):
+                found = product(a[-rows:].clone(), b, bias)
+                assert torch.equal(found, expected[-rows:]), (count, rows)
+            out = torch.empty_like(gradient)
+            assert torch.equal(product(a.t(), torch.cat([a, a], 1).t(), out=out), gradient)
+            assert torch.equal(out, gradient)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_product_keeps_what_is_not_a_number():
     a = torch.ones(4, 8)
     a[2, 3] = float("nan")
