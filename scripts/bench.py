@@ -2,8 +2,9 @@
 
 training, distortion, scoring, processes, accuracy, scaling.
 
-What is compared is interleaved in rounds, because absolute times wander by a factor of two on a
-shared machine; ratios are medians of the rounds' ratios. Without words, all parts (7 minutes).
+What is compared is interleaved in rounds, and steps within a round, because absolute times wander
+by a factor of two on a shared machine; ratios are medians of the rounds' ratios. Without words, all
+parts (7 minutes, or 15 on an older machine).
 """
 
 import argparse
@@ -41,6 +42,7 @@ from mnist.metrics import read_metrics
 from mnist.model import MLP, load_model, product
 from mnist.run_folder import open_run_folder
 from mnist.step import Learner
+from mnist.system import StopRequest
 from mnist.training import fit
 
 ROOT = Path(__file__).parents[1]
@@ -50,6 +52,7 @@ IMAGES, BATCH, TEST_IMAGES = 60_000, 64, 10_000
 STEPS = -(-IMAGES // BATCH)
 GOAL = 0.9816  # what the original reached
 SEED = 0
+SLICE = 67  # steps that are timed in turn: a fourteenth of an epoch
 
 Measure = Callable[[], float]
 """Does something once and returns the seconds it took."""
@@ -85,7 +88,7 @@ class Results:
         """The median, over the rounds, of one time against the other."""
         pairs = zip(self.seconds[part][one], self.seconds[part][other], strict=True)
         value = statistics.median(a / b for a, b in pairs)
-        self.ratios[f"{one} / {other}"] = value
+        self.ratios[f"{part}: {one} / {other}"] = value
         return value
 
     def table(self, part: str, images: dict[str, int]) -> None:
@@ -138,7 +141,7 @@ class UsualLoop:
         self.optimizer.step()
 
     def bare_steps(self, autocast: bool) -> Measure:
-        """As many steps as an epoch has, on one batch, with a rate of 0 (see ``bare_steps``)."""
+        """A slice of steps on one batch, with a rate of 0 (see ``bare_steps``)."""
         images, labels = torch.randn(BATCH, 1, 28, 28), torch.randint(0, 10, (BATCH,))
         loop = UsualLoop.__new__(UsualLoop)
         loop.model, loop.criterion = self.model, self.criterion
@@ -146,7 +149,7 @@ class UsualLoop:
 
         def seconds() -> float:
             started = time.perf_counter()
-            for _ in range(STEPS):
+            for _ in range(SLICE):
                 with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                     loop.step(images, labels)
             return time.perf_counter() - started
@@ -168,19 +171,40 @@ class UsualLoop:
 # ---------------------------------------------------------------------------------- what we do
 
 
-def our_training(config: TrainConfig, world: World) -> Measure:
+def our_training(config: TrainConfig, world: World, stop: StopRequest | None = None) -> Measure:
     """The real loop, as its own metrics time it: training without validation and files."""
     config = replace(config, fresh=True)
 
     def seconds() -> float:
         with ExitStack() as stack:
-            fit(config, world, open_run_folder(config, world, stack))
+            fit(config, world, open_run_folder(config, world, stack), stop)
         return float(read_metrics(config.run_folder / "metrics.jsonl")[-1]["seconds"])
 
     return seconds
 
 
-def bare_steps(world: World, batch: int = BATCH, steps: int = STEPS) -> Measure:
+class InTurn(StopRequest):
+    """Is asked at every step of a training whether to stop, and lets other measures run instead,
+    between its slices. Adds up the seconds of all: of ``STEPS - SLICE`` steps of an epoch."""
+
+    def __init__(self, others: dict[str, Measure]) -> None:
+        self.others = others
+        self.steps, self.since = 0, 0.0
+        self.seconds = dict.fromkeys(("ours, in its epoch", *others), 0.0)
+
+    @property
+    def requested(self) -> bool:  # type: ignore[override]
+        if self.steps % SLICE == 0:
+            if self.steps:
+                self.seconds["ours, in its epoch"] += time.perf_counter() - self.since
+                for name, measure in self.others.items():
+                    self.seconds[name] += measure()
+            self.since = time.perf_counter()
+        self.steps += 1
+        return False
+
+
+def bare_steps(world: World, batch: int = BATCH, steps: int = SLICE) -> Measure:
     """Steps of the same model and optimizer on one fixed batch.
 
     With a rate of 0: learning one batch by heart ends in denormal numbers, which are slow.
@@ -301,22 +325,19 @@ def process(*words: str) -> Measure:
 def training(results: Results, options: argparse.Namespace, folder: Path) -> None:
     """An epoch of all 60,000 images, the step without its feeding, the products of the step."""
     common = ["--validation-size", "0", "--epochs", "1", "--data-dir", str(options.data_dir)]
-    auto = parse_train_config([*common, "--runs-dir", str(folder / "auto")])
-    fp32 = replace(auto, precision="fp32", runs_dir=folder / "fp32")
+    auto = parse_train_config([*common, "--runs-dir", str(folder)])
     fast = parse_train_config(["--recipe", "fast", "--data-dir", str(options.data_dir)])
     usual = UsualLoop(options.data_dir)
-    native, full = connect(auto), connect(fp32)
-    name = native.precision_name
+    native = connect(auto)
+    configs = {
+        name: replace(auto, precision=name, runs_dir=folder / name)
+        for name in dict.fromkeys(("fp32", native.precision_name))  # one where auto is fp32
+    }
+    worlds = {name: connect(config) for name, config in configs.items()}
+
     measures = {
-        "DataLoader loop fp32, epoch": usual.epoch,
-        "ours fp32, epoch": our_training(fp32, full),
-        "ours fp32, bare steps": bare_steps(full),
-        "autograd fp32, bare steps": usual.bare_steps(autocast=False),
-        "fp32 products alone": bare_products(torch.float32, BATCH, STEPS, train=True),
-        f"ours {name}, epoch": our_training(auto, native),
-        f"ours {name}, bare steps": bare_steps(native),
-        "autograd + autocast, bare steps": usual.bare_steps(autocast=True),
-        f"{name} products alone": bare_products(native.precision, BATCH, STEPS, train=True),
+        "DataLoader loop fp32": usual.epoch,
+        **{f"ours {name}": our_training(configs[name], worlds[name]) for name in configs},
         "recipe fast, all its training": our_training(
             replace(fast, runs_dir=folder / "fast"), native
         ),
@@ -325,17 +346,42 @@ def training(results: Results, options: argparse.Namespace, folder: Path) -> Non
     images = dict.fromkeys(measures, IMAGES)
     images["recipe fast, all its training"] = 55_000 * fast.epochs
     results.table("training", images)
-    loop = "DataLoader loop fp32, epoch"
-    for each in dict.fromkeys(("fp32", name)):  # once where auto is fp32
-        ours, bare = f"ours {each}, epoch", f"ours {each}, bare steps"
-        usual_bare = "autograd fp32" if each == "fp32" else "autograd + autocast"
-        print(
-            f"  {each}: {results.ratio('training', loop, ours):.1f} times the DataLoader loop; "
-            f"feeding costs {results.ratio('training', ours, bare):.3f} of bare steps, these "
-            f"{results.ratio('training', bare, f'{usual_bare}, bare steps'):.2f} of {usual_bare}'s,"
-            f" and {results.ratio('training', f'{each} products alone', bare):.0%} of them is "
-            "products"
-        )
+    for name in configs:
+        times = results.ratio("training", "DataLoader loop fp32", f"ours {name}")
+        print(f"  {name}: {times:.1f} times the DataLoader loop")
+
+    for name, world in worlds.items():
+        steps_in_turn(results, options.rounds, configs[name], world, usual)
+
+
+def steps_in_turn(
+    results: Results, rounds: int, config: TrainConfig, world: World, usual: UsualLoop
+) -> None:
+    """The steps of an epoch, the same without their feeding, autograd's, the products of a step."""
+    autograd = "autograd" if config.precision == "fp32" else "autograd + autocast"
+    others = {
+        "ours, bare": bare_steps(world),
+        f"{autograd}, bare": usual.bare_steps(autocast=config.precision != "fp32"),
+        "products alone": bare_products(world.precision, BATCH, SLICE, train=True),
+    }
+    part = f"{STEPS - SLICE} steps in {config.precision}, in turn"
+    found = results.seconds[part] = {name: [] for name in InTurn(others).seconds}
+    for turn in range(rounds + 1):
+        show(f"{part}, round {turn} of {rounds}")
+        in_turn = InTurn(others)
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            our_training(config, world, in_turn)()
+        if turn:
+            for name, seconds in in_turn.seconds.items():
+                found[name].append(seconds)
+    show("")
+    results.table(part, dict.fromkeys(found, (STEPS - SLICE) * BATCH))
+    print(
+        f"  an epoch takes {results.ratio(part, 'ours, in its epoch', 'ours, bare'):.2f} of bare "
+        f"steps, these {results.ratio(part, 'ours, bare', f'{autograd}, bare'):.2f} of "
+        f"{autograd}'s, and {results.ratio(part, 'products alone', 'ours, bare'):.0%} of them is "
+        "products"
+    )
 
 
 def distortion(results: Results, options: argparse.Namespace, folder: Path) -> None:
