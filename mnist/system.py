@@ -24,10 +24,23 @@ def die_with_launcher(by: signal.Signals = signal.SIGKILL) -> None:
     Also if it has ended already, as it may while this process imports torch: nobody would ever end
     this process then, which waits for the launcher to bring the processes together.
     """
-    if {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys():
+    elastic = "TORCHELASTIC_RUN_ID" in os.environ  # nobody sets it but a launcher
+    if elastic or "ACCELERATE_MIXED_PRECISION" in os.environ:
         die_with_parent(by)
-        if os.getppid() != _PARENT:
+        if os.getppid() != _PARENT or (elastic and _is_adopted()):
             os.kill(os.getpid(), by)
+
+
+def _is_adopted() -> bool:
+    """Whether the parent is what takes over the processes whose parent has ended: the first process
+    of the system, or systemd of a user's session; and no launcher, for these are Python."""
+    parent = os.getppid()
+    try:
+        program = Path(f"/proc/{parent}/cmdline").read_bytes().partition(b"\0")[0].decode()
+    except OSError:
+        return False
+    name = Path(program).name
+    return (parent == 1 or name == "systemd") and not name.startswith(("python", "pypy"))
 
 
 class StopRequest:

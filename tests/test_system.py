@@ -1,6 +1,8 @@
-"""Files appear whole or not at all."""
+"""Files appear whole or not at all, and no process outlives its launcher."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -25,3 +27,43 @@ def test_failed_write_leaves_the_old_contents_and_nothing_else(tmp_path, monkeyp
         write_file(tmp_path / "file", "new")
     assert (tmp_path / "file").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+# The first process of a system of its own. Its child is a worker's process, started when its
+# launcher has ended already; or it is the launcher itself, as in a container.
+ORPHAN = """
+(sleep 0.3; exec env $RUN "$PYTHON" -c "$WORKER") &
+wait
+"""
+LAUNCHER = "import os, subprocess as s; s.run([os.environ[k] for k in ('PYTHON', 'C', 'WORKER')])"
+WORKER = """
+from mnist.system import die_with_launcher
+die_with_launcher()
+print("lives")
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a system of its own needs root")
+@pytest.mark.parametrize(
+    ("first", "run", "lives"),
+    [
+        (["sh", "-c", ORPHAN], "TORCHELASTIC_RUN_ID=1", False),
+        (["sh", "-c", ORPHAN], "ACCELERATE_MIXED_PRECISION=no", True),  # as an image may set it
+        ([sys.executable, "-c", LAUNCHER], "TORCHELASTIC_RUN_ID=1", True),
+    ],
+)
+def test_worker_ends_whose_launcher_ended_before_it_began(first, run, lives):
+    name, value = run.split("=")
+    environment = os.environ | {"PYTHON": sys.executable, "C": "-c", "WORKER": WORKER, "RUN": run}
+    if first[0] != "sh":
+        environment[name] = value
+    done = subprocess.run(
+        ["unshare", "--pid", "--fork", "--mount-proc", *first],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    if "unshare" in done.stderr:
+        pytest.skip("may not have a system of its own here")
+    assert (done.stdout == "lives\n") == lives, done.stderr
