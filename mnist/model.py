@@ -39,8 +39,13 @@ def _onednn_has(dtype: torch.dtype) -> bool:
     return torch.allclose(found.float(), expected, rtol=4 * torch.finfo(dtype).eps, atol=1e-4)
 
 
-_MKL_ON_AVX2 = (
-    torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX2"
+_CPU = torch.cpu.get_capabilities()
+# Where MKL is the faster for fp32, and what ``_mkl_product`` relies on was measured (Zen 3).
+_MKL_IS_BETTER = bool(
+    torch.backends.mkl.is_available()
+    and "AMD" in str(_CPU.get("cpu_name"))
+    and _CPU.get("avx2")
+    and not _CPU.get("avx512_f")
 )
 _ONEDNN_TYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if _onednn_has(dtype)]
 
@@ -48,9 +53,9 @@ _ONEDNN_TYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if _onednn_h
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """``a @ b.t() + bias``, m×n, of m×k, n×k and n, all of one dtype.
 
-    A row's bits depend neither on how many there are nor on the threads. For fp32 on CPUs torch
-    takes MKL, which keeps to that for some sizes only, is a quarter faster than oneDNN on AVX2, and
-    half as fast on AMD's CPUs with AVX-512 (64×784 by 512×784: 260 us against 130).
+    On CPUs a row's bits depend neither on how many there are nor on the threads. For fp32 torch
+    takes MKL, which keeps to that for some sizes only; on AMD's CPUs it is a quarter faster than
+    oneDNN with AVX2, and half as fast with AVX-512 (64×784 by 512×784: 260 us against 130).
     """
     return find_product(a.device, a.dtype)(a, b, bias, out)
 
@@ -59,7 +64,7 @@ def find_product(device: torch.device, dtype: torch.dtype) -> Callable[..., Tens
     """``product``, as it is made of tensors of this kind."""
     if device.type != "cpu" or dtype not in _ONEDNN_TYPES:
         return _torch_product
-    return _mkl_product if dtype == torch.float32 and _MKL_ON_AVX2 else _onednn_product
+    return _mkl_product if dtype == torch.float32 and _MKL_IS_BETTER else _onednn_product
 
 
 def _onednn_product(
@@ -78,7 +83,8 @@ def _onednn_product(
 def _mkl_product(
     a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None = None
 ) -> Tensor:
-    # Its bits depend on nothing else where both sizes of a product are multiples of 16.
+    # A row's bits depend neither on the number of rows nor on the threads if m and n are multiples
+    # of 16.
     if len(b) % 16:
         return _onednn_product(a, b, bias, out)
     missing = -len(a) % 16

@@ -73,7 +73,7 @@ class Learner:
         self._half = self.parameters[:half_size].to(world.precision)
         self._half_gradient = torch.zeros_like(self._half)
         self._product = find_product(world.device, world.precision)
-        # oneDNN's overhead of 10 us is more than small products take.
+        # In half precision oneDNN's overhead of 10 us is more than small products take.
         self._product_layers = len(model.layers) if exact else half_layers
         self._layers = self._views(self.parameters, self._half)
         self._gradients = self._views(self.gradient, self._half_gradient)

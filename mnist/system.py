@@ -36,10 +36,12 @@ def _is_adopted() -> bool:
     of the system, or systemd of a user's session; and no launcher, for these are Python."""
     parent = os.getppid()
     try:
-        program = Path(f"/proc/{parent}/cmdline").read_bytes().partition(b"\0")[0].decode()
+        if os.readlink("/proc/self") != str(os.getpid()):  # it lists another system's processes
+            return False
+        command = Path(f"/proc/{parent}/cmdline").read_bytes()
     except OSError:
         return False
-    name = Path(program).name
+    name = Path(os.fsdecode(command.partition(b"\0")[0])).name
     return (parent == 1 or name == "systemd") and not name.startswith(("python", "pypy"))
 
 
