@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -365,17 +366,19 @@ def steps_in_turn(
         "products alone": bare_products(world.precision, BATCH, SLICE, train=True),
     }
     part = f"{STEPS - SLICE} steps in {config.precision}, in turn"
-    found = results.seconds[part] = {name: [] for name in InTurn(others).seconds}
-    for turn in range(rounds + 1):
-        show(f"{part}, round {turn} of {rounds}")
+    seconds: dict[str, float] = {}
+
+    def epoch() -> float:
+        """Measures all; the other measures tell what it found."""
         in_turn = InTurn(others)
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-            our_training(config, world, in_turn)()
-        if turn:
-            for name, seconds in in_turn.seconds.items():
-                found[name].append(seconds)
-    show("")
-    results.table(part, dict.fromkeys(found, (STEPS - SLICE) * BATCH))
+        our_training(config, world, in_turn)()
+        seconds.update(in_turn.seconds)
+        return seconds["ours, in its epoch"]
+
+    told = {name: partial(seconds.__getitem__, name) for name in others}
+    measures = {"ours, in its epoch": epoch, **told}
+    results.interleave(part, measures, rounds)
+    results.table(part, dict.fromkeys(measures, (STEPS - SLICE) * BATCH))
     feeding = results.ratio(part, "ours, in its epoch", "ours, bare")
     against = results.ratio(part, "ours, bare", f"{autograd}, bare")
     share = results.ratio(part, "products alone", "ours, bare")

@@ -58,9 +58,14 @@ def work(job: str, options: list) -> None:
             save_final(model, config.run_folder / "model.safetensors")
 
 
-def load_some(data_dir, split):
-    digits = load_mnist(data_dir, split)
-    return Digits(digits.images[:14_000], digits.labels[:14_000])
+def loader_of_first(count: int):
+    """``load_mnist`` for a data set of no more than its first images."""
+
+    def load(data_dir, split):
+        digits = load_mnist(data_dir, split)
+        return Digits(digits.images[:count], digits.labels[:count])
+
+    return load
 
 
 def fork(rank: int, size: int, port: int, job: str, options: list) -> int:
@@ -88,7 +93,7 @@ def fork(rank: int, size: int, port: int, job: str, options: list) -> int:
 
 
 if __name__ == "__main__":
-    training.load_mnist = load_some
+    training.load_mnist = loader_of_first(14_000)
     for size, job, options in json.load(sys.stdin):
         port = free_port()
         children = [fork(rank, size, port, job, options) for rank in range(size)]

@@ -14,11 +14,11 @@ import psutil
 import pytest
 import stress
 import torch
+from fork_worlds import loader_of_first
 from safetensors.torch import load_file
 
 from mnist import training
 from mnist.config import InputError, TrainConfig
-from mnist.data import Digits, load_mnist
 from mnist.distributed import World
 from mnist.model import load_model
 from mnist.run_folder import open_run_folder
@@ -40,12 +40,7 @@ WORLD = World(threads=1)
 @pytest.fixture(autouse=True)
 def two_thousand_images(monkeypatch):
     """The first 2,000 training images are all that runs of this process have."""
-
-    def load_some(data_dir, split):
-        digits = load_mnist(data_dir, split)
-        return Digits(digits.images[:2000], digits.labels[:2000])
-
-    monkeypatch.setattr(training, "load_mnist", load_some)
+    monkeypatch.setattr(training, "load_mnist", loader_of_first(2000))
 
 
 def config(folder, data_dir, **settings):
