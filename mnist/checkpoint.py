@@ -7,11 +7,14 @@ each. What the files hold is the affair of those who write and read them.
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 from mnist.config import InputError
@@ -43,7 +46,8 @@ def write_checkpoint(folder: Path, step: int, files: dict[str, bytes]) -> Path:
         damage = find_damage(aside)
         if damage:
             raise OSError(None, f"{damage}, right after it was written")
-        shutil.rmtree(final, ignore_errors=True)  # a damaged one, else nobody would write it again
+        if final.exists():  # damaged, else nobody would write it again
+            set_aside(final, "damaged")
         aside.rename(final)
         flush_to_disk(folder)
     finally:
@@ -57,7 +61,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
     Raises:
         InputError: there are checkpoints, and none is good.
     """
-    found = _all(folder)
+    found = all_checkpoints(folder)
     for path in found:
         damage = find_damage(path)
         if not damage:
@@ -71,14 +75,58 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def _all(folder: Path) -> list[Path]:
+def all_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints, good or not, the newest first."""
     return sorted(folder.glob("step-" + 9 * "[0-9]"), reverse=True)
+
+
+def read_checkpoint(checkpoint: Path) -> dict[str, bytes]:
+    """The files of a good checkpoint, by name: those of its manifest. What else lies there, as
+    browsers of files and other jobs leave it, is not of the checkpoint."""
+    return {name: (checkpoint / name).read_bytes() for name in _names(checkpoint)}
+
+
+def _names(checkpoint: Path) -> list[str]:
+    return list(json.loads((checkpoint / _MANIFEST).read_bytes())["sha256"])
+
+
+def set_aside(checkpoint: Path, why: str) -> None:
+    """Give it a name by which it is no checkpoint any more, and nothing in it is lost."""
+    checkpoint.rename(checkpoint.with_name(f"{why}-{checkpoint.name}-{time.time_ns()}"))
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what saves left that were killed."""
+    for left in folder.glob(".step-" + 9 * "[0-9]" + ".*[0-9]"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Delete a checkpoint, and nothing that somebody else put there."""
+    try:
+        for name in (*_names(checkpoint), _MANIFEST):  # the manifest last, should this be killed
+            (checkpoint / name).unlink(missing_ok=True)
+    except (OSError, ValueError, KeyError, TypeError):
+        set_aside(checkpoint, "damaged")
+        return
+    try:
+        checkpoint.rmdir()
+    except OSError:
+        set_aside(checkpoint, "left-in")
 
 
 def step_of(checkpoint: Path) -> int:
     """The number of steps that a checkpoint was made after."""
     return int(checkpoint.name.removeprefix("step-"))
+
+
+def enclosing_checkpoint(path: Path) -> Path | None:
+    """The checkpoint that a path lies in, or is; None for any other path."""
+    path = path.resolve()
+    for folder in (path, *path.parents):
+        if folder.parent.name == "checkpoints" and re.fullmatch(r"step-\d{9}", folder.name):
+            return folder
+    return None
 
 
 def find_damage(checkpoint: Path) -> str:
@@ -102,7 +150,8 @@ class Saver:
     """Writes checkpoints in a thread of its own, so that training goes on meanwhile.
 
     A slow disk skips checkpoints rather than to delay training: of those that wait for it, only the
-    newest is kept. A checkpoint that cannot be written is a warning, and the earlier ones stay.
+    newest is kept. A checkpoint that cannot be written is a warning, the first one a loud one, and
+    the earlier ones stay.
 
     Args:
         folder: of the checkpoints.
@@ -114,6 +163,7 @@ class Saver:
         """The step of the newest one that is safe on the disk, of those written here."""
         self._folder, self._keep = folder, keep
         self._waiting: deque[tuple[int, Contents, Callable[[], None]]] = deque(maxlen=1)
+        self._failing = False
         self._thread = ThreadPoolExecutor(1)
         self._last: Future[None] | None = None
 
@@ -151,14 +201,29 @@ class Saver:
             verified()
             self._prune(step)
         except OSError as error:
-            print(
-                f"warning: no checkpoint of step {step} in {self._folder}: {error.strerror}; "
-                "earlier ones stay",
-                file=sys.stderr,
-                flush=True,
-            )
+            self._say(f"warning: no checkpoint of step {step} in {self._folder}: {error.strerror}")
+            if not self._failing:
+                self._say(self._consequence())
+        else:
+            if self._failing:
+                self._say(f"step {step} is saved: checkpoints can be written again")
+        self._failing = self.newest != step
+
+    def _consequence(self) -> str:
+        """What a first failure means, for whoever may still mend it while training goes on."""
+        kept = next((path for path in all_checkpoints(self._folder) if not find_damage(path)), None)
+        lost = "all of it" if kept is None else f"what came after step {step_of(kept):,}"
+        return (
+            f"WARNING: THIS RUN IS NOT BEING SAVED: interrupted now, it loses {lost}. "
+            "Training goes on, and every later checkpoint is tried."
+        )
+
+    @staticmethod
+    def _say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
 
     def _prune(self, newest: int) -> None:
-        earlier = [path for path in _all(self._folder) if step_of(path) <= newest]
+        earlier = [path for path in all_checkpoints(self._folder) if step_of(path) <= newest]
         for path in earlier[self._keep :]:
-            shutil.rmtree(path, ignore_errors=True)
+            with suppress(OSError):
+                _remove(path)

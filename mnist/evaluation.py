@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from mnist.checkpoint import newest_checkpoint, step_of
+from mnist.checkpoint import enclosing_checkpoint, newest_checkpoint, step_of
 from mnist.config import EvaluateConfig, InputError, parse_train_config
 from mnist.data import fetch_mnist, normalise, rank_slice
 from mnist.distributed import World, connect, environment, widest_float
@@ -35,10 +36,13 @@ from mnist.report import (
     Examples,
     Tally,
     candidates,
+    changes,
     csv_header,
     csv_rows,
     figures,
+    find_place,
     publish,
+    read_report,
     sha256,
     staging,
 )
@@ -89,10 +93,12 @@ def evaluate(config: EvaluateConfig) -> None:
     model, inputs = opened[0]
     if len(set(sizes)) > 1:
         raise InputError(f"{inputs.images_path}: its {sizes} images differ between processes")
-    if world.is_main and weights.step is not None:
+    if world.is_main and weights.run is not None and weights.step is not None:
         print(f"{weights.run} is not finished: its checkpoint of step {weights.step:,} is scored")
-    beside = (weights.run or weights.path.parent) / "evaluation" / evaluation_name(config)
-    output = config.output_dir or beside
+    named = config.output_dir is not None
+    wanted = config.output_dir or _place_by_name(config, weights)
+    place = partial(find_place, wanted, inputs.images_path, inputs.split, named=named)
+    output = world.from_main(place)
     write_evaluation(model, weights, inputs, output, world, config.batch_size)
     if world.is_main:
         report = json.loads((output / "report.json").read_text())
@@ -100,7 +106,7 @@ def evaluate(config: EvaluateConfig) -> None:
         if weights.run is not None and weights.step is None:
             mirror = open_mirror(wandb_settings(config))
             mirror.begin(weights.run)
-            mirror.evaluated(evaluation_name(config), output)
+            mirror.evaluated(evaluation_name(config) if named else output.name, output)
             mirror.close()
 
 
@@ -125,10 +131,17 @@ def find_weights(config: EvaluateConfig) -> Weights:
     """
     if config.run is None:
         assert config.model is not None
-        return Weights(path=config.model)
+        inside = enclosing_checkpoint(config.model)
+        return Weights(path=config.model, step=None if inside is None else step_of(inside))
     if not config.run.is_dir():
         raise InputError(f"--run {config.run}: no such run folder")
     final = config.run / "model.safetensors"
+    inside = enclosing_checkpoint(config.run)
+    if inside is not None:
+        raise InputError(
+            f"--run {config.run} is in a checkpoint; score it by --model {inside / final.name}, or "
+            f"its run by --run {inside.parents[1]}"
+        )
     if final.exists():
         return Weights(path=final, run=config.run)
     checkpoint = newest_checkpoint(config.run / "checkpoints")
@@ -159,6 +172,15 @@ def evaluation_name(config: EvaluateConfig) -> str:
     return f"images-{config.images.resolve().name.split('.')[0]}"
 
 
+def _place_by_name(config: EvaluateConfig, weights: Weights) -> Path:
+    """The folder of the report in ``evaluation/`` of the run, or else beside the model."""
+    checkpoint = enclosing_checkpoint(weights.path) if weights.run is None else None
+    if checkpoint is not None:  # into which nothing is written
+        name = f"{checkpoint.name}-{evaluation_name(config)}"
+        return checkpoint.parents[1] / "evaluation" / name
+    return (weights.run or weights.path.parent) / "evaluation" / evaluation_name(config)
+
+
 def write_evaluation(
     model: MLP, weights: Weights, inputs: Inputs, output: Path, world: World, batch_size: int
 ) -> Scores:
@@ -186,8 +208,26 @@ def write_evaluation(
         }
         metrics = weights.run / "metrics.jsonl" if weights.run else None
         rows = read_metrics(metrics) if metrics and metrics.exists() else []
-        publish(aside, output, report, render_page(report, pictures, rows))
+        page = render_page(report, pictures, rows)
+        _check_still_right(weights, inputs, output)
+        earlier = read_report(output)
+        publish(aside, output, report, page)
+    if earlier is not None and (different := changes(earlier, report)):
+        print(f"{output}: replaced the report of {earlier['time']}, by {', '.join(different)}")
     return scores
+
+
+def _check_still_right(weights: Weights, inputs: Inputs, output: Path) -> None:
+    """What was found at the start may have changed while the images were scored.
+
+    Raises:
+        InputError: the run has its final model by now, or the folder the report on other images.
+    """
+    if weights.run is not None and weights.step is not None:
+        final = weights.run / "model.safetensors"
+        if final.exists():
+            raise InputError(f"{weights.run} is finished by now; the same again scores {final}")
+    find_place(output, inputs.images_path, inputs.split, named=True)
 
 
 def score(
@@ -395,7 +435,7 @@ def _report(
         },
         "data": {
             "description": inputs.description,
-            "images": str(inputs.images_path),
+            "images": str(inputs.images_path.resolve()),
             "labels": None if inputs.labels_path is None else str(inputs.labels_path),
             **inputs.hashes(),
         },

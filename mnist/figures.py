@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _TRAIN, _VALIDATION, _MISTAKE = "#7f9fc4", "#d1495b", "#c1121f"
+_MODEL_KEY = "Model"  # of a PNG's metadata: the SHA-256 of the model's file
 
 
 class Painter:
@@ -39,11 +40,11 @@ class Painter:
         command = [sys.executable, "-P", "-m", "mnist.figures"]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE)
 
-    def draw(self, function: Callable[..., None], *arguments: Any) -> None:
+    def draw(self, function: Callable[..., None], *arguments: Any, model: str = "") -> None:
         """Have ``function`` of this module called there, without waiting for it."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # close() says that it has failed
-            pickle.dump((function.__name__, arguments), self._process.stdin)
+            pickle.dump((function.__name__, arguments, model), self._process.stdin)
             self._process.stdin.flush()
 
     def __enter__(self) -> "Painter":
@@ -74,9 +75,9 @@ def _draw_what_arrives() -> bool:
     failed = False
     with contextlib.suppress(EOFError):
         while True:
-            function, arguments = pickle.load(sys.stdin.buffer)
+            function, arguments, model = pickle.load(sys.stdin.buffer)
             try:
-                globals()[function](*arguments)
+                globals()[function](*arguments, model=model)
             except OSError as error:
                 print(f"{arguments[-1]}: {error.strerror}", file=sys.stderr, flush=True)
                 failed = True
@@ -89,20 +90,33 @@ def _new_figure(width: float, height: float) -> "Figure":
     return Figure(figsize=(width, height), dpi=110)
 
 
-def _save(figure: "Figure", path: Path) -> None:
+def _save(figure: "Figure", path: Path, model: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     contents = io.BytesIO()
-    figure.savefig(contents, format="png")
+    figure.savefig(contents, format="png", metadata={_MODEL_KEY: model})
     write_file(path, contents.getvalue())
 
 
-def draw_curves(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
+def model_of_figure(path: Path) -> str | None:
+    """The SHA-256 of the model that a figure was drawn of; "" if it does not say, as those of
+    earlier versions, None if it is not there."""
+    try:
+        contents = path.read_bytes()
+    except OSError:
+        return None
+    key = f"{_MODEL_KEY}\0".encode()  # in PNG's tEXt, as it is
+    start = contents.find(key) + len(key)
+    return contents[start : start + 64].decode("latin1") if start >= len(key) else ""
+
+
+def draw_curves(rows: Sequence[dict[str, Any]], title: str, path: Path, model: str = "") -> None:
     """Loss and accuracy over the epochs, for training and validation, as a PNG.
 
     Args:
         rows: what ``metrics.jsonl`` holds.
         title: the run's name.
         path: the file to make.
+        model: the SHA-256 of the model that they are of; see ``model_of_figure``.
     """
     figure = _new_figure(10, 4)
     figure.suptitle(title, fontsize=11)
@@ -126,7 +140,7 @@ def draw_curves(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
         else:  # the first rows are near chance; what matters happens near 1
             values = [value for row in rows for key, value in row.items() if key.endswith(quantity)]
             axes.set_ylim(min(0.9, float(np.quantile(values, 0.1))), 1.003)
-    _save(figure, path)
+    _save(figure, path, model)
 
 
 def _scale_logarithmically(axes: "Axes") -> None:
@@ -146,6 +160,7 @@ def draw_predictions(
     confidences: np.ndarray,
     title: str,
     path: Path,
+    model: str = "",
 ) -> None:
     """A grid of images with label, prediction and confidence, mistakes in red, as a PNG.
 
@@ -156,6 +171,7 @@ def draw_predictions(
         confidences: n probabilities of the predictions, 0 to 1.
         title: above the grid.
         path: the file to make.
+        model: the SHA-256 of the model that it is of; see ``model_of_figure``.
     """
     columns = 8
     rows = -(-len(images) // columns)
@@ -181,16 +197,17 @@ def draw_predictions(
             color="black" if label == prediction else _MISTAKE,
         )
     axes.imshow(sheet, cmap="gray_r", vmin=0, vmax=255, aspect="auto", interpolation="nearest")
-    _save(figure, path)
+    _save(figure, path, model)
 
 
-def draw_distortions(images: np.ndarray, title: str, path: Path) -> None:
+def draw_distortions(images: np.ndarray, title: str, path: Path, model: str = "") -> None:
     """Images as they are, and below each several that training makes of it, as a PNG.
 
     Args:
         images: rows×columns×28×28, 0 to 255; the first row is as it is.
         title: above the grid.
         path: the file to make.
+        model: the SHA-256 of the model that it is of; see ``model_of_figure``.
     """
     rows, columns = images.shape[:2]
     tile, gap = 30, 8  # pixels: of an image with its margin; between the first row and the others
@@ -207,7 +224,7 @@ def draw_distortions(images: np.ndarray, title: str, path: Path) -> None:
     axes.set_axis_off()
     axes.imshow(sheet, cmap="gray_r", vmin=0, vmax=255, aspect="auto", interpolation="nearest")
     axes.axhline(tile + gap / 2 - 0.5, color=_TRAIN, linewidth=1)
-    _save(figure, path)
+    _save(figure, path, model)
 
 
 if __name__ == "__main__":

@@ -61,6 +61,8 @@ class Inputs:
 
     description: str
     """``MNIST test images``, or the path as the user gave it."""
+    split: str | None = None
+    """Of MNIST, where these are its own: test, validation or train."""
     images_path: Path
     labels_path: Path | None
     files: Sequence[str] | None = None
@@ -162,15 +164,16 @@ def open_mnist(
     prefix = data_dir / "MNIST" / "raw" / ("t10k" if split == "test" else "train")
     inputs = open_images(Path(f"{prefix}-images-idx3-ubyte"), Path(f"{prefix}-labels-idx1-ubyte"))
     description = f"MNIST {split} images"
+    inputs = dataclasses.replace(inputs, description=description, split=split)
     if split == "test":
-        return dataclasses.replace(inputs, description=description)
+        return inputs
     if validation_size > len(inputs) or (validation_size == 0 and split == "validation"):
         held_out = f"{validation_size} of {len(inputs)} training images held out"
         raise InputError(f"{description}: expected some, found {held_out}")
     labels = torch.from_numpy(inputs.labels(0, len(inputs)))
     training, validation = split_validation(labels, validation_size, seed)
     order = (validation if split == "validation" else training).numpy()
-    return dataclasses.replace(inputs, description=description, order=order, labelled=len(order))
+    return dataclasses.replace(inputs, order=order, labelled=len(order))
 
 
 def open_images(images: Path, labels: Path | None) -> Inputs:

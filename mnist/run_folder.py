@@ -1,11 +1,9 @@
 """A run's folder: whose it is, where its training begins or goes on, what it runs on."""
 
-import itertools
+import errno
 import json
 import os
-import shutil
 import sys
-import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +11,19 @@ from pathlib import Path
 import yaml
 from filelock import FileLock, Timeout
 
-from mnist.checkpoint import newest_checkpoint
+from mnist.checkpoint import (
+    all_checkpoints,
+    newest_checkpoint,
+    read_checkpoint,
+    remove_unfinished,
+    set_aside,
+)
 from mnist.config import InputError, TrainConfig, numeric_settings, option, to_yaml
 from mnist.distributed import World, environment
-from mnist.system import write_file
+from mnist.system import move_aside, write_file
 
 _LOCK_SECONDS = 10.0  # a killed process may need some to end
+_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}  # says a file system
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +59,9 @@ def open_run_folder(config: TrainConfig, world: World, stack: ExitStack) -> Star
         folder.parent.mkdir(parents=True, exist_ok=True)
         _hold(folder, stack)
         if config.fresh and not _is_restart():
-            _move_aside(folder)
+            _check_is_run(folder)
+            if folder.exists():
+                move_aside(folder)
         if _is_complete(config):  # by the process that held it
             return Start(complete=True)
         folder.mkdir(exist_ok=True)
@@ -115,6 +122,15 @@ def _hold(folder: Path, stack: ExitStack) -> None:
         raise InputError(
             f"{folder} is in use by another process; wait for its end, or choose another --run-name"
         ) from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        print(
+            f"warning: {folder.parent}: its file system has no locks ({error.strerror}); do not "
+            "start this run twice at once",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _is_restart() -> bool:
@@ -123,32 +139,25 @@ def _is_restart() -> bool:
     return any(os.environ.get(name, "0") != "0" for name in counters)
 
 
-def _move_aside(folder: Path) -> None:
-    _check_is_run(folder)
-    if folder.exists():
-        numbers = itertools.count(1)
-        aside = next(
-            path for n in numbers if not (path := folder.with_name(f"{folder.name}.{n}")).exists()
-        )
-        folder.rename(aside)
-        print(f"{folder} is kept as {aside}", flush=True)
-
-
 def _find_start(config: TrainConfig) -> Start:
     """The newest good checkpoint, or the beginning."""
     checkpoints = checkpoints_of(config)
-    for unfinished in checkpoints.glob(".step-*"):
-        shutil.rmtree(unfinished, ignore_errors=True)
+    remove_unfinished(checkpoints)
     newest = newest_checkpoint(checkpoints)
     if newest is None:
         return Start()
-    for damaged in checkpoints.glob("step-*"):
+    for damaged in all_checkpoints(checkpoints):
         if damaged > newest:  # else it would be warned of for ever
-            damaged.rename(damaged.with_name(f"damaged-{damaged.name}-{time.time_ns()}"))
-    files = {path.name: path.read_bytes() for path in newest.iterdir()}
-    state = json.loads(files["state.json"])
-    del state["settings"]
-    start = Start(checkpoint=files, **state)
+            set_aside(damaged, "damaged")
+    files = read_checkpoint(newest)
+    try:
+        state = json.loads(files["state.json"])
+        del state["settings"]
+        start = Start(checkpoint=files, **state)
+    except (ValueError, KeyError, TypeError):
+        raise InputError(
+            f"{newest} is of another version of this package; --fresh starts the run over"
+        ) from None
     print(f"{config.run_folder} goes on from step {start.step:,}", flush=True)
     return start
 

@@ -15,6 +15,7 @@ from filelock import FileLock
 
 from mnist.config import exit_codes
 from mnist.metrics import read_metrics
+from mnist.report import report_of_run
 from mnist.system import write_file
 
 
@@ -60,8 +61,9 @@ def _validation_accuracy(run: Path) -> float | None:
 
 
 def _test_accuracy(run: Path) -> float | None:
-    report = run / "evaluation/test/report.json"
-    return json.loads(report.read_text())["accuracy"] if report.exists() else None
+    """Of the final model; None where nobody has scored that."""
+    report = report_of_run(run, "test")
+    return None if report is None else report["accuracy"]
 
 
 def _spread(accuracies: Iterable[float | None]) -> dict[str, Any] | None:

@@ -1,6 +1,8 @@
 """What is asked of the operating system: whole files, signals, an end with the parent process."""
 
 import ctypes
+import errno
+import itertools
 import os
 import signal
 import sys
@@ -98,16 +100,66 @@ def write_file(path: Path, contents: bytes | str) -> None:
         with aside.open("wb") as file:
             file.write(contents.encode() if isinstance(contents, str) else contents)
             file.flush()
-            os.fsync(file.fileno())
+            _flush(file.fileno())
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
 
 
+def move_aside(path: Path) -> Path:
+    """Rename it to the first of NAME.1, NAME.2, … that is free; return that."""
+    names = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
+    aside = next(name for name in names if not name.exists())
+    path.rename(aside)
+    print(f"{path} is kept as {aside}", flush=True)
+    return aside
+
+
 def flush_to_disk(path: Path) -> None:
-    """Wait until a file's contents, or a folder's entries, would survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Wait until a file's contents, or a folder's entries, would survive a power cut.
+
+    Where the file system cannot do that there is one warning: what is written is no less whole.
+
+    Raises:
+        OSError: the disk is full or broken, or nothing is there.
+    """
+    global _warned
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in _CANNOT_OPEN_FOLDERS):
+            raise
+        flushed = False
+    else:
+        try:
+            flushed = _flush(descriptor)
+        finally:
+            os.close(descriptor)
+    if not (flushed or _warned):
+        _warned = True
+        print(
+            f"warning: {path}: its file system cannot flush this to disk; a crash loses nothing, "
+            "a power cut may lose what was written last",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+_warned = False  # of a file system that cannot flush; once in a process is enough
+
+# What file systems say that have no fsync, as some network and FUSE ones have none for folders; and
+# those that open no folder at all. Others, such as EIO and ENOSPC, say that data are lost.
+_CANNOT_FLUSH = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY}
+_CANNOT_OPEN_FOLDERS = _CANNOT_FLUSH | {errno.EACCES, errno.EISDIR, errno.EPERM}
+
+
+def _flush(descriptor: int) -> bool:
+    """Whether the file system can."""
     try:
         os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    except OSError as error:
+        # EBADF, of a descriptor that is open: some servers take folders opened for reading for that
+        if error.errno not in _CANNOT_FLUSH | {errno.EBADF}:
+            raise
+        return False
+    return True

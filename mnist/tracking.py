@@ -31,7 +31,9 @@ import psutil
 import yaml
 from numpy.typing import NDArray
 
-from mnist.config import EvaluateConfig, TrainConfig
+from mnist.config import EvaluateConfig, InputError, TrainConfig, exit_codes
+from mnist.figures import model_of_figure
+from mnist.report import read_report, report_of_run, sha256
 from mnist.system import StopRequest, write_file
 
 if TYPE_CHECKING:
@@ -176,7 +178,7 @@ class Mirror(NoMirror):
         self._outbox.put(("finished",))
 
     def close(self) -> None:
-        if self._closed:
+        if self._closed or self._folder == Path():  # without a run there is nothing to end
             return
         self._closed = True
         self._outbox.put(None)
@@ -189,6 +191,12 @@ class Mirror(NoMirror):
             self._said["lost"] = f"it failed, see {self._folder / 'wandb/mirror.log'}"
         self._process.wait()
         self._tell(**self._said)
+
+    @property
+    def online(self) -> bool:
+        """After ``close``: whether the server has everything."""
+        missing = self._said.get("lost") or self._said.get("warning")
+        return not missing and self._said.get("mode", "online") == "online"
 
     def _tell(
         self,
@@ -236,17 +244,69 @@ def open_mirror(settings: WandbSettings) -> NoMirror:
     return NoMirror() if wanted == "disabled" else Mirror(settings)
 
 
+def send_missing(mirror: NoMirror, run_folder: Path) -> None:
+    """Send what W&B does not hold of a complete run that this job has found: it was killed, or W&B
+    failed, before all was sent. Nothing is started where nothing is missing."""
+    report = report_of_run(run_folder, "test")
+    recorded = _read_state(run_folder / "wandb/run.json").get("sent", {})
+    wanted = ["finished", *([] if report is None else [_item("test", report)])]
+    if all(item in recorded for item in wanted):
+        return
+    splits = {} if report is None else {"test": run_folder / "evaluation/test"}
+    _send_complete(mirror, run_folder, splits)
+
+
 def send_again(run_folder: Path) -> None:
-    """Send what W&B does not hold of a complete run."""
-    if not (run_folder / "model.safetensors").exists():
-        sys.exit(f"{run_folder} is no complete run; start it again, and it is sent when it goes on")
+    """Send what W&B does not hold of a complete run, with all of its evaluations.
+
+    Raises:
+        InputError: it is no complete run.
+        SystemExit: with 1: W&B has not got everything.
+    """
+    model = run_folder / "model.safetensors"
+    if not model.exists():
+        raise InputError(
+            f"{run_folder} is no complete run; start it again, and it is sent when it goes on"
+        )
+    final = sha256(model)
+    splits = {}
+    for folder in sorted(path.parent for path in run_folder.glob("evaluation/*/report.json")):
+        report = read_report(folder)
+        if report is None or report["model"]["sha256"] != final:
+            why = "it cannot be read" if report is None else "it is of another model"
+            print(f"{folder / 'report.json'} is left out: {why}", file=sys.stderr)
+        else:
+            splits[folder.name] = folder
     mirror = Mirror(WandbSettings(mode="online"))
+    _send_complete(mirror, run_folder, splits)
+    mirror.close()
+    if not mirror.online:
+        raise SystemExit(1)
+    print(f"W&B has all of {run_folder}", flush=True)
+
+
+def _send_complete(mirror: NoMirror, run_folder: Path, splits: dict[str, Path]) -> None:
+    """Everything of a complete run; its mirror leaves out what W&B holds."""
     mirror.begin(run_folder)
     mirror.rows((run_folder / "metrics.jsonl").stat().st_size)
-    for report in sorted(run_folder.glob("evaluation/*/report.json")):
-        mirror.evaluated(report.parent.name, report.parent)
+    mirror.trained()
+    for split, folder in splits.items():
+        mirror.evaluated(split, folder)
     mirror.finished()
-    mirror.close()
+
+
+def _item(split: str, report: dict[str, Any]) -> str:
+    """By which a report is known to have been sent."""
+    return f"{split} {report['time']}"
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """What ``wandb/run.json`` says; nothing if it is not there, or damaged."""
+    try:
+        state = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return state if isinstance(state, dict) else {}
 
 
 def _kill_tree(pid: int) -> None:
@@ -273,7 +333,7 @@ class _Session:
 
         self.wandb, self.limits, self.out = wandb, limits, out
         self.folder, self.state = folder, folder / "wandb/run.json"
-        recorded = json.loads(self.state.read_text()) if self.state.exists() else {}
+        recorded = _read_state(self.state)
         place = {
             "project": settings.project or recorded.get("project") or os.getenv("WANDB_PROJECT"),
             "entity": settings.entity or recorded.get("entity") or os.getenv("WANDB_ENTITY"),
@@ -437,7 +497,7 @@ class _Session:
 
     def evaluated(self, split: str, folder: Path) -> None:
         report = json.loads((folder / "report.json").read_text())
-        item = f"{split} {report['time']}"
+        item = _item(split, report)
         if self._has(item):
             return
         run, Image = self.connect(), self.wandb.Image
@@ -496,10 +556,11 @@ class _Session:
             return
         run = self.connect()
         figure = self.folder / "figures/loss_curves.png"  # drawn by another process
+        model = sha256(self.folder / "model.safetensors")
         until = time.monotonic() + self.limits.figures
-        while not figure.exists() and time.monotonic() < until:
+        while model_of_figure(figure) != model and time.monotonic() < until:
             time.sleep(0.05)
-        if figure.exists():
+        if model_of_figure(figure) in (model, ""):
             self._log_last({"figures/loss_curves": self.wandb.Image(str(figure))})
         artifact = self.wandb.Artifact(f"model-{self.place['id']}", type="model")
         artifact.add_file(str(self.folder / "model.safetensors"))
@@ -701,8 +762,8 @@ def _mirror() -> None:
 def main() -> None:
     """With a run's folder, send what W&B does not hold of it; else be the mirror of a job."""
     if len(sys.argv) > 1:
-        send_again(Path(sys.argv[1]))
-        return
+        with exit_codes("mnist.tracking"):
+            send_again(Path(sys.argv[1]))
     try:
         _mirror()
     except Exception:

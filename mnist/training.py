@@ -41,21 +41,28 @@ from mnist.data import (
 )
 from mnist.distributed import PRECISIONS, World, connect, widest_float
 from mnist.evaluation import (
+    Scores,
     Weights,
     predict,
     score,
     summary,
     write_evaluation,
 )
-from mnist.figures import Painter, draw_curves, draw_distortions, draw_predictions
+from mnist.figures import (
+    Painter,
+    draw_curves,
+    draw_distortions,
+    draw_predictions,
+    model_of_figure,
+)
 from mnist.inputs import Inputs, open_mnist
 from mnist.metrics import NoTracker, Tracker, read_metrics
 from mnist.model import MLP, load_model, model_bytes, save_model
-from mnist.report import Example
+from mnist.report import SPLITS, Example, make_room, report_of_run, sha256
 from mnist.run_folder import Start, checkpoints_of, open_run_folder
 from mnist.step import Learner
 from mnist.system import StopRequest, die_with_launcher, flush_to_disk
-from mnist.tracking import NoMirror
+from mnist.tracking import NoMirror, send_missing
 
 _VALIDATION_BATCH = 4096  # large enough for full speed; the activations stay in megabytes
 _GPU_STEPS_BETWEEN_LOOKS = 16  # at whether to stop: each waits for the GPU
@@ -77,7 +84,7 @@ def train(config: TrainConfig, painter: Painter | None, mirror: NoMirror) -> Non
 
     Raises:
         InputError: the settings or the folders do not allow it.
-        SystemExit: with 75: interrupted and saved.
+        SystemExit: interrupted; with 75 if that is saved, else with 1.
     """
     fetch_mnist(config.data_dir)  # before processes wait for each other
     world = connect(config)
@@ -85,18 +92,21 @@ def train(config: TrainConfig, painter: Painter | None, mirror: NoMirror) -> Non
         die_with_launcher(by=signal.SIGTERM)  # from now on there may be work to save
         start = world.from_main(lambda: open_run_folder(config, world, stack))
         if start.complete:
-            mirror = NoMirror()
             if world.is_main:
                 print(f"{config.run_folder} is complete")
         else:
             mirror.begin(config.run_folder)
             model = fit(config, world, start, stop, mirror)
-            mirror.trained()
             if world.is_main:
                 save_final(model, config.run_folder / "model.safetensors")
+                # Also those that no checkpoint covers, as where none could be written.
+                mirror.rows((config.run_folder / "metrics.jsonl").stat().st_size)
+            mirror.trained()
         if world.is_main:
             assert painter is not None
-            finish(config, world, painter, mirror)
+            finish(config, world, painter, NoMirror() if start.complete else mirror)
+            if start.complete:
+                send_missing(mirror, config.run_folder)
             mirror.close()
 
 
@@ -214,7 +224,7 @@ def fit(
 
     Raises:
         InputError: training diverged, or a row cannot be written.
-        SystemExit: with 75: ``stop`` was requested, on any rank, and all is saved.
+        SystemExit: ``stop`` was requested, on any rank; with 75 if all is saved, else with 1.
     """
     start, stop, mirror = start or Start(), stop or StopRequest(), mirror or NoMirror()
     if start.precision is not None:
@@ -274,10 +284,17 @@ def fit(
             if interrupted:
                 break
     if interrupted:
-        world.meet()  # a launcher ends the others as soon as one has ended
-        if saver is not None:
-            _say_interrupted(config.run_folder, step, saver.newest)
-        raise SystemExit(75)
+        # All learn it together: a launcher ends the others as soon as one has ended.
+        saved = world.from_main(lambda: saver is not None and saver.newest == step)
+        if world.is_main:
+            said = "saved" if saved else "NOT saved, see above"
+            print(
+                f"interrupted at step {step:,}: {said}; the same command again goes on with "
+                f"{config.run_folder}",
+                file=sys.stderr,
+                flush=True,
+            )
+        raise SystemExit(75 if saved else 1)
     return learner.model
 
 
@@ -314,15 +331,6 @@ def checkpoint_files(learner: Learner, state: dict[str, Any], config: TrainConfi
 def load_checkpoint(learner: Learner, files: dict[str, bytes]) -> None:
     """Let a learner go on from a checkpoint's files."""
     learner.load(load(files["model.safetensors"]), load(files["optimizer.safetensors"]))
-
-
-def _say_interrupted(folder: Path, step: int, saved: int | None) -> None:
-    state = "saved" if saved == step else "not saved, see above"
-    print(
-        f"interrupted at step {step:,}: {state}; the same command again goes on with {folder}",
-        file=sys.stderr,
-        flush=True,
-    )
 
 
 def load_training_data(config: TrainConfig, world: World) -> tuple[BatchedDigits, BatchedDigits]:
@@ -380,37 +388,66 @@ def _sample_of(share: BatchedDigits, predictions: Tensor, confidences: Tensor) -
 
 
 def finish(config: TrainConfig, world: World, painter: Painter, mirror: NoMirror) -> None:
-    """Evaluate the final model and draw, as far as that is not done already; print the summary."""
+    """Evaluate the final model and draw, as far as that is not done already; print the summary.
+
+    Reports on MNIST's splits and figures belong to the run: those of another model, as a look at a
+    checkpoint leaves them, are made anew.
+    """
     folder = config.run_folder
-    curves, grid = folder / "figures/loss_curves.png", folder / "figures/sample_predictions.png"
-    evaluation = folder / "evaluation/test"
     rows = read_metrics(folder / "metrics.jsonl")
     weights = Weights(path=folder / "model.safetensors", run=folder)
-    model = load_model(weights.path)
-    if not curves.exists():
-        painter.draw(draw_curves, rows, folder.name, curves)
-    test = config.evaluate == "test"
-    unreported = test and not (evaluation / "report.json").exists()
-    if (unreported or not grid.exists()) and (test or config.validation_size):
-        split: Literal["test", "validation"] = "test" if test else "validation"
-        inputs = open_mnist(config.data_dir, split, config.validation_size, config.seed)
-        alone = World(threads=world.threads)
-        batch_size = EvaluateConfig().batch_size
-        if unreported:
-            scores = write_evaluation(model, weights, inputs, evaluation, alone, batch_size)
-        else:
-            scores = score(model, inputs, alone, batch_size)
-        sample = _sample_predictions(model, inputs, scores.examples.mistakes[:8], config.seed)
-        title = f"{folder.name}: {split} images, 24 at random and the 8 most confident mistakes"
-        painter.draw(draw_predictions, *sample, title, grid)
-    distorted = folder / "figures/distortions.png"
-    if config.distorts and not distorted.exists():
-        title = "Training images, and below each what distortion makes of it"
-        painter.draw(draw_distortions, _sample_distortions(config), title, distorted)
-    if test:
-        mirror.evaluated("test", evaluation)
+    scores = _evaluate_final(config, weights, World(threads=world.threads))
+    _draw_final(config, weights, rows, painter, scores)
+    if report_of_run(folder, "test"):
+        mirror.evaluated("test", folder / "evaluation/test")
     mirror.finished()
     print_summary(folder, rows)
+
+
+def _evaluate_final(config: TrainConfig, weights: Weights, world: World) -> Scores | None:
+    """Make the reports that are asked for or there already, and not on the final model; return the
+    scores on the test images if they were made."""
+    scores = None
+    folder = config.run_folder / "evaluation"
+    for split in SPLITS:
+        wanted = config.evaluate == split or (folder / split / "report.json").exists()
+        if wanted and not report_of_run(config.run_folder, split):
+            inputs = open_mnist(config.data_dir, split, config.validation_size, config.seed)
+            make_room(folder / split, split)
+            model, batch_size = load_model(weights.path), EvaluateConfig().batch_size
+            made = write_evaluation(model, weights, inputs, folder / split, world, batch_size)
+            scores = made if split == "test" else scores
+    return scores
+
+
+def _draw_final(
+    config: TrainConfig,
+    weights: Weights,
+    rows: list[dict[str, Any]],
+    painter: Painter,
+    scores: Scores | None,
+) -> None:
+    """Draw what is not there, or was drawn of another model."""
+    folder, model_sha256 = config.run_folder, sha256(weights.path)
+    figures = folder / "figures"
+    draw = partial(painter.draw, model=model_sha256)
+    curves, grid = figures / "loss_curves.png", figures / "sample_predictions.png"
+    distorted = figures / "distortions.png"
+    if model_of_figure(curves) != model_sha256:
+        draw(draw_curves, rows, folder.name, curves)
+    split: Literal["test", "validation"] = "test" if config.evaluate == "test" else "validation"
+    known = split == "test" or config.validation_size > 0
+    if known and model_of_figure(grid) != model_sha256:
+        inputs = open_mnist(config.data_dir, split, config.validation_size, config.seed)
+        model = load_model(weights.path)
+        if split != "test" or scores is None:
+            scores = score(model, inputs, World(), EvaluateConfig().batch_size)
+        sample = _sample_predictions(model, inputs, scores.examples.mistakes[:8], config.seed)
+        title = f"{folder.name}: {split} images, 24 at random and the 8 most confident mistakes"
+        draw(draw_predictions, *sample, title, grid)
+    if config.distorts and model_of_figure(distorted) != model_sha256:
+        title = "Training images, and below each what distortion makes of it"
+        draw(draw_distortions, _sample_distortions(config), title, distorted)
 
 
 def _sample_predictions(model: MLP, inputs: Inputs, mistakes: list[Example], seed: int) -> Sample:
@@ -441,12 +478,9 @@ def print_summary(folder: Path, rows: list[dict[str, Any]]) -> None:
     """The end of a run in a few lines: accuracy, loss, time, speed, files."""
     last = rows[-1]
     lines = [""]
-    report_file = folder / "evaluation/test/report.json"
-    if report_file.exists():
-        try:
-            lines += summary(json.loads(report_file.read_text()), "test")
-        except (ValueError, KeyError, TypeError):
-            raise InputError(f"{report_file} is damaged; remove it to evaluate again") from None
+    report = report_of_run(folder, "test")
+    if report:
+        lines += summary(report, "test")
     if "validation/loss" in last:
         accuracy, loss = last["validation/accuracy"], last["validation/loss"]
         lines.append(f"validation  accuracy {accuracy:.2%}, loss {loss:.4f}")

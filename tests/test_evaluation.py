@@ -340,15 +340,15 @@ def test_progress_in_plain_lines(tmp_path, model_file, images, monkeypatch, caps
 
 
 def test_killed_evaluation_leaves_the_report_before(tmp_path, model_file, images):
-    np.save(tmp_path / "few.npy", images)
-    np.save(tmp_path / "many.npy", np.zeros((400_000, 28, 28), np.uint8))
+    np.save(tmp_path / "images.npy", images)
     output = tmp_path / "out"
     options = ["--model", str(model_file), "--output-dir", str(output), "--threads", "1"]
-    run(*options, "--images", tmp_path / "few.npy")
+    options += ["--images", str(tmp_path / "images.npy")]
+    run(*options)
+    np.save(tmp_path / "images.npy", np.zeros((400_000, 28, 28), np.uint8))
     before = {path.name: path.read_bytes() for path in output.iterdir()}
     job = Path(__file__).parents[1] / "jobs/evaluate.py"
-    words = [sys.executable, job, *options, "--images", tmp_path / "many.npy"]
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, job, *options], stdout=subprocess.DEVNULL)
     try:
         for _ in range(600):
             half = [p for p in output.glob(".unfinished-*/predictions.csv") if p.stat().st_size]
@@ -361,24 +361,26 @@ def test_killed_evaluation_leaves_the_report_before(tmp_path, model_file, images
         process.wait()
     left = {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()}
     assert left == before
-    run(*options, "--images", tmp_path / "few.npy")
+    np.save(tmp_path / "images.npy", images)
+    run(*options)
     assert {path.name for path in output.iterdir()} == FILES
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
 def test_full_disk_is_one_line_and_the_report_before_stays(tmp_path, model_file, images):
-    np.save(tmp_path / "few.npy", images)
+    np.save(tmp_path / "images.npy", images)
     np.save(tmp_path / "many.npy", np.repeat(images, 50, axis=0))
     disk = tmp_path / "disk"
     disk.mkdir()
     job = Path(__file__).parents[1] / "jobs/evaluate.py"
     command = f"{sys.executable} {job} --model {model_file} --output-dir {disk}/out --threads 1"
+    command += f" --images {tmp_path}/images.npy"
     script = tmp_path / "script.sh"
     script.write_text(
         f"mount -t tmpfs -o size=1m none {disk} || exit 77\n"
-        f"{command} --images {tmp_path}/few.npy || exit 1\n"
-        f"sha256sum {disk}/out/* > before\n"
-        f"{command} --images {tmp_path}/many.npy\n"
+        f"{command} || exit 1\n"
+        f"sha256sum {disk}/out/* > before; mv {tmp_path}/many.npy {tmp_path}/images.npy\n"
+        f"{command}\n"
         "code=$?\n"
         f"sha256sum --check --quiet before && ls -A {disk}/out > names; exit $code\n"
     )

@@ -1,5 +1,6 @@
 """The summary of a sweep, from folders as its tasks leave them."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -7,6 +8,8 @@ import sys
 import pytest
 
 from mnist.sweep import summarise, table
+
+NOTHING = hashlib.sha256(b"").hexdigest()
 
 
 def make_run(folder, name, validation, test=None):
@@ -16,7 +19,17 @@ def make_run(folder, name, validation, test=None):
     rows = [{"validation/accuracy": 0.99}, {"validation/accuracy": validation}]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if test is not None:
-        (run / "evaluation/test/report.json").write_text(json.dumps({"accuracy": test}))
+        make_report(run, test)
+
+
+def make_report(run, accuracy, model=b""):
+    """Of the model with these bytes, as the evaluator leaves it."""
+    hashes = {"sha256": hashlib.sha256(model).hexdigest()}
+    report = {"accuracy": accuracy, "model": hashes, "predictions_sha256": NOTHING}
+    report["data"] = {"description": "MNIST test images", "images": "t10k"}
+    for name in ("predictions.csv", "report.html"):
+        (run / "evaluation/test" / name).touch()
+    (run / "evaluation/test/report.json").write_text(json.dumps(report))
 
 
 def make_tasks(folder, *tasks, count=None):
@@ -81,3 +94,13 @@ def test_runs_without_validation_images(tmp_path):
 def test_sweep_of_nothing_but_failures(tmp_path):
     make_tasks(tmp_path, "seed=0 2", "seed=1 1")
     assert "0 of 2" in table(summarise(tmp_path))
+
+
+def test_an_accuracy_that_is_not_the_final_models_is_left_out(tmp_path):
+    for seed in range(3):
+        make_run(tmp_path, f"seed={seed}", 0.9, 0.97)
+    make_report(tmp_path / "seed=1", 0.5, b"a checkpoint's")  # somebody had a look
+    (tmp_path / "seed=2/evaluation/test/predictions.csv").write_text("half replaced")
+    make_tasks(tmp_path, *(f"seed={seed} 0" for seed in range(3)))
+    [row] = summarise(tmp_path)["ranking"]
+    assert row["test_accuracy"]["of_each"] == [0.97, None, None]

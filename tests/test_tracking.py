@@ -1,5 +1,6 @@
 """The mirror against W&B's real client; online against a fake of its server on loopback."""
 
+import hashlib
 import json
 import os
 import pty
@@ -23,6 +24,7 @@ import pytest
 import yaml
 from fake_wandb import FakeWandb, serving
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from mnist import tracking
 from mnist.report import Tally, csv_header, csv_rows, figures
@@ -88,7 +90,10 @@ def complete(folder: Path, split: str = "test", number: int = 50) -> Path:
     random = np.random.default_rng(0)
     (folder / "model.safetensors").write_bytes(b"the weights")
     (folder / "figures").mkdir(exist_ok=True)
-    Image.new("RGB", (300, 120), "white").save(folder / "figures/loss_curves.png")
+    of_model = PngInfo()
+    of_model.add_text("Model", hashlib.sha256(b"the weights").hexdigest())
+    picture = Image.new("RGB", (300, 120), "white")
+    picture.save(folder / "figures/loss_curves.png", pnginfo=of_model)
     images = random.integers(0, 256, (number, 28, 28), np.uint8)
     pixels = folder.parent / "images-idx3-ubyte"
     pixels.write_bytes(np.array([0x803, number, 28, 28], ">i4").tobytes() + images.tobytes())
@@ -99,7 +104,9 @@ def complete(folder: Path, split: str = "test", number: int = 50) -> Path:
     probabilities = (np.exp(logits) / np.exp(logits).sum(1, keepdims=True)).astype(np.float32)
     tally = Tally()
     tally.add(labels, np.log(probabilities), np.zeros(number, bool))
-    report = {"time": "2026-11-23T08:00:00", "data": {"images": str(pixels)}, **figures(tally)}
+    report = {"time": "2026-11-23T08:00:00", **figures(tally)}
+    report["model"] = {"sha256": hashlib.sha256(b"the weights").hexdigest()}
+    report["data"] = {"images": str(pixels), "description": f"MNIST {split} images"}
     mistakes = np.flatnonzero(probabilities.argmax(1) != labels)
     report["mistakes"] = [
         {"index": int(i), "label": int(labels[i]), "prediction": int(probabilities[i].argmax())}
