@@ -9,10 +9,12 @@ import sys
 
 from mnist.config import exit_codes, parse_evaluate_config
 from mnist.system import die_with_launcher
+from mnist.threads import surroundings
 
 if __name__ == "__main__":
     with exit_codes("evaluate.py"):
         die_with_launcher()
+        surroundings()  # before torch is imported
         config = parse_evaluate_config(sys.argv[1:])
         from mnist.evaluation import evaluate
 

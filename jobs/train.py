@@ -12,11 +12,13 @@ import sys
 from mnist.config import exit_codes, parse_train_config
 from mnist.figures import Painter
 from mnist.system import die_with_launcher
+from mnist.threads import surroundings
 from mnist.tracking import NoMirror, open_mirror, wandb_settings
 
 if __name__ == "__main__":
     with exit_codes("train.py"):
         die_with_launcher()
+        surroundings()  # before torch is imported
         config = parse_train_config(sys.argv[1:])
         is_main = os.environ.get("RANK", "0") == "0"
         # They import Matplotlib and W&B on another core while this process imports torch.

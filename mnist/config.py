@@ -110,7 +110,8 @@ class TrainConfig:
     each does this part of a step alone."""
     threads: int | None = None
     """CPU threads per process; by default all cores this process may use, shared by the
-    processes of a machine."""
+    processes of a machine. In a --config file no more than these."""
+    threads_in_file: tyro.conf.SuppressFixed[tyro.conf.Fixed[int | None]] = None
     validation_size: int = 5000
     """Training images held out to monitor loss and accuracy, 0 to 59,000."""
     log_every: int = 100
@@ -332,7 +333,8 @@ def numeric_settings(config: TrainConfig) -> dict[str, Any]:
 def to_yaml(config: TrainConfig) -> dict[str, Any]:
     """All settings in plain YAML types: what ``config.yaml`` holds and ``--config`` reads."""
     values = dataclasses.asdict(config)
-    del values["config"], values["expect_world_size"], values["fresh"]  # of a launch, not the run
+    for name in ("config", "expect_world_size", "fresh", "threads", "threads_in_file"):
+        del values[name]  # of a launch or a machine, not of the run
     values |= {name: list(value) for name, value in values.items() if isinstance(value, tuple)}
     return {name: str(v) if isinstance(v, Path) else v for name, v in values.items()}
 
@@ -378,6 +380,7 @@ def parse_train_config(arguments: Sequence[str]) -> TrainConfig:
             default = _parse_options(_as_options(settings), default)
         except InputError as error:
             raise InputError(f"{found.config}: {error}") from None
+        default = dataclasses.replace(default, threads=None, threads_in_file=default.threads)
     return _parse_options(arguments, default)
 
 
@@ -402,7 +405,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise InputError(f"--config {path}: not a YAML file: {reason}") from None
     if not isinstance(settings, dict):
         raise InputError(f"--config {path}: expected lines of 'setting: value'")
-    known = to_yaml(TrainConfig()).keys()
+    known = [*to_yaml(TrainConfig()), "threads"]  # which earlier versions wrote down
     unknown = [str(key) for key in settings if key not in known]
     if unknown:
         raise InputError(

@@ -26,6 +26,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from mnist.config import EXIT_CODE_FILE, EvaluateConfig, InputError, TrainConfig, WorldError
 from mnist.system import StopRequest
+from mnist.threads import choose, set_threads, usable_cores
 
 T = TypeVar("T")
 
@@ -138,10 +139,13 @@ def connect(config: TrainConfig | EvaluateConfig) -> World:
         # A job imports without garbage collection; what imports made need not be traversed again.
         gc.freeze()
         gc.enable()
-    threads = config.threads or max(1, usable_cores() // _environment_number("LOCAL_WORLD_SIZE", 1))
-    # The launcher's OMP_NUM_THREADS=1 is a default, not a choice; unset, Accelerate warns of it.
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    torch.set_num_threads(threads)
+    from_file = config.threads_in_file if isinstance(config, TrainConfig) else None
+    processes = _environment_number("LOCAL_WORLD_SIZE", 1)
+    wanted, lines = choose(config.threads, from_file, processes)
+    threads = set_threads(wanted)
+    if threads < wanted:
+        lines.append(f"OpenMP gives {threads} of {wanted} threads here")
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # unset, Accelerate warns of it
     try:
         _meet_after_restart()
         accelerator = Accelerator(
@@ -162,6 +166,8 @@ def connect(config: TrainConfig | EvaluateConfig) -> World:
     world = World(
         rank=rank, size=accelerator.num_processes, device=accelerator.device, threads=threads
     )
+    for line in lines if world.is_main else ():
+        print(f"warning: {line}", file=sys.stderr, flush=True)
     # One for all: machines may differ in what they multiply natively.
     precision = world.from_main(lambda: _precision(config.precision, world.device))
     return dataclasses.replace(world, precision=PRECISIONS[precision])
@@ -277,18 +283,6 @@ def _multiplies_bf16_natively(device: torch.device) -> bool:
 def widest_float(device: torch.device) -> torch.dtype:
     """For sums over many images: float64, which Apple's GPUs lack."""
     return torch.float32 if device.type == "mps" else torch.float64
-
-
-def usable_cores() -> int:
-    """CPU cores this process may use: its affinity, and its container's quota."""
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, min(cores, int(quota) // int(period)))
-    except (OSError, ValueError):  # no cgroup v2, or "max"
-        return cores
 
 
 def environment(world: World) -> dict[str, Any]:

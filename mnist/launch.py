@@ -18,6 +18,7 @@ from mnist.config import (
     parse_evaluate_config,
     parse_train_config,
 )
+from mnist.threads import take_binding
 
 _PARSERS = {"train.py": parse_train_config, "evaluate.py": parse_evaluate_config}
 
@@ -42,8 +43,10 @@ def main(script: str, arguments: list[str]) -> None:
             "one\n"
         )
     _PARSERS[job.name](options)  # so that a mistake is answered before anything is launched
+    binding = take_binding()  # or OpenMP would bind this process, and so the job's
     from mnist.distributed import launch
 
+    os.environ |= binding
     code = launch(script, options, ours.processes, ours.rendezvous)
     sys.exit(code)
 
