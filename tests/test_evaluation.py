@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -251,6 +252,99 @@ def test_evaluating_again_replaces_the_report(tmp_path, model_file, images):
         np.save(tmp_path / "images.npy", images[:number])
         run("--model", model_file, "--images", tmp_path / "images.npy", "--output-dir", tmp_path)
         assert len(table(tmp_path)) == report_of(tmp_path)["scored"] == number
+
+
+def test_report_on_other_images_stays_and_the_new_one_says_where_it_is(
+    tmp_path, monkeypatch, model_file, images, capsys
+):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    shutil.copy(model_file, folder / "model.safetensors")
+    options = ["--model", folder / "model.safetensors", "--images"]
+    whose = {"alice": 5, "bob": 6, "carol": 7}
+    for name, count in whose.items():
+        (tmp_path / name).mkdir()
+        np.save(tmp_path / name / "digits.npy", images[:count])
+        monkeypatch.chdir(tmp_path / name)
+        run(*options, "digits.npy")  # the same words, of other images
+        said = capsys.readouterr().out
+        assert ("stays: this one goes to" in said) == (name != "alice")
+    places = sorted((folder / "evaluation").iterdir())
+    assert [place.name[:13] for place in places] == 3 * ["images-digits"] and len(places) == 3
+    assert sorted(report_of(place)["scored"] for place in places) == [5, 6, 7]
+    # The same images again: each report is replaced where it is, and what has changed is said.
+    run(*options, "digits.npy")
+    assert "replaced the report" not in capsys.readouterr().out
+    run(*options, tmp_path / "alice/digits.npy", "--precision", "bf16")
+    assert "replaced the report of" in (said := capsys.readouterr().out) and "by precision" in said
+    assert sorted((folder / "evaluation").iterdir()) == places
+    assert report_of(places[0])["precision"] == "bf16"
+
+
+def test_folder_that_is_named_is_replaced_for_the_same_images_alone(tmp_path, model_file, images):
+    np.save(tmp_path / "one.npy", images[:3])
+    np.save(tmp_path / "other.npy", images[:3])
+    (tmp_path / "link.npy").symlink_to("one.npy")
+    options = ["--model", model_file, "--output-dir", tmp_path / "out", "--images"]
+    run(*options, tmp_path / "one.npy")
+    run(*options, tmp_path / "link.npy")
+    with pytest.raises(InputError, match=r"out has the report on other images .*--output-dir"):
+        run(*options, tmp_path / "other.npy")
+    (tmp_path / "link.npy").unlink()
+    (tmp_path / "link.npy").symlink_to("other.npy")
+    with pytest.raises(InputError, match="on other images"):
+        run(*options, tmp_path / "link.npy")
+
+
+@pytest.mark.parametrize("name", ["predictions.csv", "report.json", "report.html"])
+def test_files_that_no_evaluation_made_stay(tmp_path, model_file, images, name):
+    np.save(tmp_path / "images.npy", images[:3])
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("mine,alone\n")
+    with pytest.raises(InputError, match=f"a {name} of other origin"):
+        run(
+            *("--model", model_file, "--images", tmp_path / "images.npy"),
+            *("--output-dir", tmp_path / "out"),
+        )
+    assert (tmp_path / "out" / name).read_text() == "mine,alone\n"
+    assert len(list((tmp_path / "out").iterdir())) == 1
+
+
+def test_nothing_is_written_into_a_checkpoint(tmp_path, model_file, images):
+    np.save(tmp_path / "images.npy", images[:3])
+    checkpoint = tmp_path / "run/checkpoints/step-000000012"
+    checkpoint.mkdir(parents=True)
+    shutil.copy(model_file, checkpoint / "model.safetensors")
+    (tmp_path / "newest").symlink_to(checkpoint)
+    for path in (checkpoint, tmp_path / "newest"):
+        run("--model", path / "model.safetensors", "--images", tmp_path / "images.npy")
+    report = report_of(tmp_path / "run/evaluation/step-000000012-images-images")
+    assert report["model"]["step"] == 12 and report["scored"] == 3
+    for options in (
+        ["--run", checkpoint],
+        ["--model", model_file, "--output-dir", checkpoint / "x"],
+    ):
+        with pytest.raises(InputError, match="checkpoint"):
+            run(*options, "--images", tmp_path / "images.npy")
+    assert [path.name for path in checkpoint.iterdir()] == ["model.safetensors"]
+
+
+def test_look_at_a_run_that_ends_meanwhile_replaces_nothing(
+    tmp_path, model_file, images, monkeypatch
+):
+    folder = tmp_path / "run"
+    write_checkpoint(folder / "checkpoints", 12, {"model.safetensors": model_file.read_bytes()})
+    np.save(tmp_path / "images.npy", images[:3])
+    scored = evaluation.score
+
+    def score_while_it_ends(*arguments):
+        shutil.copy(model_file, folder / "model.safetensors")
+        return scored(*arguments)
+
+    monkeypatch.setattr(evaluation, "score", score_while_it_ends)
+    with pytest.raises(InputError, match="is finished by now"):
+        run("--run", folder, "--images", tmp_path / "images.npy")
+    assert not (folder / "evaluation").exists()
 
 
 def bad_model(folder):

@@ -1,8 +1,11 @@
 """Runs that are interrupted, killed, started twice, or whose files are damaged."""
 
+import errno
+import hashlib
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -17,13 +20,18 @@ import torch
 from fork_worlds import loader_of_first
 from safetensors.torch import load_file
 
-from mnist import training
-from mnist.config import InputError, TrainConfig
+from mnist import run_folder, system, training
+from mnist.checkpoint import newest_checkpoint
+from mnist.config import InputError, TrainConfig, parse_evaluate_config
+from mnist.data import load_mnist
 from mnist.distributed import World
-from mnist.model import load_model
+from mnist.evaluation import evaluate
+from mnist.model import load_model, save_model
+from mnist.report import read_report
 from mnist.run_folder import open_run_folder
 from mnist.system import StopRequest
-from mnist.training import fit
+from mnist.tracking import NoMirror
+from mnist.training import finish, fit
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -163,6 +171,151 @@ def test_damaged_newest_checkpoint_costs_only_its_steps(tmp_path, data_dir, caps
     assert stress.rows(settings.run_folder) == stress.rows(alone.run_folder)
     # For whoever wants to look into it.
     assert len(list(checkpoints.glob("damaged-step-000000015-*"))) == 1
+
+
+class Recorder:
+    """A painter that writes down what it is told to draw, and draws it."""
+
+    def __init__(self):
+        self.drawn = []
+
+    def draw(self, function, *arguments, model):
+        self.drawn.append(arguments[-1].name)
+        function(*arguments, model=model)
+
+
+@pytest.mark.parametrize("evaluates", ["test", "none"])
+def test_report_and_figures_are_the_final_model_s_whatever_was_there(
+    tmp_path, data_dir, capsys, evaluates
+):
+    settings = config(tmp_path, data_dir, evaluate=evaluates)
+    folder, painter = settings.run_folder, Recorder()
+    interrupt(settings, 10)
+    for split in ("test", "validation"):  # somebody has a look
+        words = f"--run {folder} --data-dir {data_dir} --split {split} --wandb disabled"
+        evaluate(parse_evaluate_config(words.split()))
+    earlier = {s: read_report(folder / "evaluation" / s) for s in ("test", "validation")}
+    (folder / "figures").mkdir()
+    (folder / "figures/loss_curves.png").write_bytes(b"of something else")
+    train(settings)
+    save_model(final := final_model(settings), folder / "model.safetensors")
+    capsys.readouterr()
+    finish(settings, WORLD, painter, NoMirror())
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    for split, of_checkpoint in earlier.items():
+        report = read_report(folder / "evaluation" / split)
+        assert report["model"]["sha256"] == digest != of_checkpoint["model"]["sha256"]
+        assert report["correct"] != of_checkpoint["correct"]
+    digits = load_mnist(data_dir, "test")
+    inputs = ((digits.images.double() / 255 - 0.1307) / 0.3081).flatten(1)
+    right = (final.double()(inputs).argmax(1) == digits.labels).sum().item()
+    assert f"{right:,} of 10,000 right" in capsys.readouterr().out
+    assert painter.drawn == ["loss_curves.png", "sample_predictions.png"]
+
+    # Once more: nothing is made again.
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    finish(settings, WORLD, painter, NoMirror())
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    assert len(painter.drawn) == 2
+
+
+def final_model(settings):
+    newest = newest_checkpoint(settings.run_folder / "checkpoints")
+    return load_model(newest / "model.safetensors")
+
+
+def test_damaged_or_foreign_report_does_not_stand_for_the_run(tmp_path, data_dir, capsys):
+    settings = config(tmp_path, data_dir, epochs=1)
+    folder, mine = settings.run_folder, tmp_path / "mine.npy"
+    train(settings)
+    save_model(final_model(settings), folder / "model.safetensors")
+    np.save(mine, np.zeros((3, 28, 28), np.uint8))
+    report = folder / "evaluation/test/report.json"
+    words = f"--run {folder} --images {mine} --output-dir {report.parent} --wandb disabled"
+    evaluate(parse_evaluate_config(words.split()))
+    finish(settings, WORLD, Recorder(), NoMirror())
+    assert read_report(folder / "evaluation/test.1")["scored"] == 3  # the user's stays
+    for damage in (b"", b"{}", b"[1", b'{"model": 1, "data": {}}'):
+        report.write_bytes(damage)
+        finish(settings, WORLD, Recorder(), NoMirror())
+        assert read_report(report.parent)["scored"] == 10_000
+    (report.parent / "predictions.csv").write_text("cut off")
+    finish(settings, WORLD, Recorder(), NoMirror())
+    assert len((report.parent / "predictions.csv").read_text().splitlines()) == 10_001
+    assert capsys.readouterr().out.count("10,000 right") == 6
+
+
+def test_what_else_lies_in_a_checkpoint_stops_nothing_and_stays(tmp_path, data_dir):
+    alone = config(tmp_path / "alone", data_dir)
+    expected = train(alone)
+    settings = config(tmp_path, data_dir, keep_checkpoints=1)
+    interrupt(settings, 10)
+    checkpoints = settings.run_folder / "checkpoints"
+    [newest] = checkpoints.iterdir()
+    (newest / "evaluation/test").mkdir(parents=True)
+    (newest / "evaluation/test/notes.txt").write_text("mine")
+    (newest / ".DS_Store").write_bytes(b"a browser's")
+    (checkpoints / "step-best").mkdir()
+    (checkpoints / ".step-mine").mkdir()
+    assert (train(settings) == expected).all()
+    names = sorted(path.name for path in checkpoints.iterdir())
+    assert [name.rstrip("0123456789") for name in names] == [
+        *(".step-mine", "left-in-step-000000010-", "step-", "step-best")
+    ]
+    assert (checkpoints / names[1] / "evaluation/test/notes.txt").read_text() == "mine"
+    assert not (checkpoints / names[1] / "model.safetensors").exists()
+
+
+def refuse(kind, number):
+    """An fsync that fails in this way on folders or on files."""
+    real = os.fsync
+
+    def fsync(descriptor):
+        if kind(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        real(descriptor)
+
+    return fsync
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP])
+@pytest.mark.parametrize("kind", [stat.S_ISDIR, stat.S_ISREG])
+def test_file_system_that_cannot_flush_saves_with_one_warning(
+    tmp_path, data_dir, monkeypatch, capsys, kind, number
+):
+    monkeypatch.setattr(system, "_warned", False)
+    monkeypatch.setattr(os, "fsync", refuse(kind, number))
+    settings = config(tmp_path, data_dir, epochs=1)
+    interrupt(settings, 3)
+    train(settings)
+    said = capsys.readouterr().err.splitlines()
+    assert sum("cannot flush this to disk" in line for line in said) == 1
+    assert newest_checkpoint(settings.run_folder / "checkpoints").name == "step-000000010"
+
+
+def test_run_that_cannot_save_says_so_at_once_and_is_not_called_saved(
+    tmp_path, data_dir, monkeypatch, capsys
+):
+    settings = config(tmp_path, data_dir)
+    interrupt(settings, 5)
+    capsys.readouterr()
+    monkeypatch.setattr(os, "fsync", refuse(stat.S_ISREG, errno.EIO))
+    monkeypatch.setattr(run_folder, "write_file", lambda *_: None)  # its own disk is well
+    sent = []
+    mirror = NoMirror()
+    mirror.rows = sent.append
+    with ExitStack() as stack:
+        start = open_run_folder(settings, WORLD, stack)
+        with pytest.raises(SystemExit) as stopped:
+            fit(settings, WORLD, start, Stop(20), mirror)
+    assert stopped.value.code == 1 and sent == []
+    said = capsys.readouterr().err
+    assert said.count("THIS RUN IS NOT BEING SAVED: interrupted now, it loses what came after") == 1
+    assert "Input/output error" in said.splitlines()[0]
+    assert "interrupted at step 25: NOT saved" in said
+    monkeypatch.undo()
+    monkeypatch.setattr(training, "load_mnist", loader_of_first(2000))
+    assert (train(settings) == train(config(tmp_path / "alone", data_dir))).all()
 
 
 def test_no_good_checkpoint_is_an_error_that_says_so(tmp_path, data_dir):

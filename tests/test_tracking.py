@@ -28,7 +28,16 @@ from PIL.PngImagePlugin import PngInfo
 
 from mnist import tracking
 from mnist.report import Tally, csv_header, csv_rows, figures
-from mnist.tracking import Limits, Mirror, NoMirror, WandbSettings, compose_grid, open_mirror
+from mnist.tracking import (
+    Limits,
+    Mirror,
+    NoMirror,
+    WandbSettings,
+    compose_grid,
+    open_mirror,
+    send_again,
+    send_missing,
+)
 
 KEY = "f00dfeed" * 5
 STEPS = [10, 20, 25, 30, 40, 50, 60, 70, 75, 80]
@@ -115,9 +124,11 @@ def complete(folder: Path, split: str = "test", number: int = 50) -> Path:
     ]
     output = folder / "evaluation" / split
     output.mkdir(parents=True)
+    lines = csv_header(False).encode() + csv_rows(np.arange(number), labels, probabilities, None)
+    (output / "predictions.csv").write_bytes(lines)
+    (output / "report.html").touch()
+    report["predictions_sha256"] = hashlib.sha256(lines).hexdigest()
     (output / "report.json").write_text(json.dumps(report))
-    lines = csv_rows(np.arange(number), labels, probabilities, None)
-    (output / "predictions.csv").write_bytes(csv_header(False).encode() + lines)
     return output
 
 
@@ -485,6 +496,44 @@ def test_whole_run_again_sends_nothing(folder, server):
     mirror.close()
     assert set(server.operations) <= {"/sdk/otel/v1/metrics"}  # W&B's own telemetry
     assert len(logs(folder)) == 1
+
+
+def test_complete_run_that_was_killed_before_its_end_is_sent_when_started_again(folder, server):
+    mirror = start(folder)
+    train(mirror, folder, last=50)
+    mirror.close()  # as where the job was killed: no further row, no report, no model
+    complete(folder)
+    for again in range(2):
+        mirror = open_mirror(WandbSettings())
+        send_missing(mirror, folder)
+        mirror.close()
+        assert metrics_only(server.run.rows) == [row(step) for step in STEPS]
+        assert server.run.summary["test/accuracy"] == 0.96
+        assert {name.partition("-")[0] for name in server.run.artifacts} == {"test", "model"}
+        server.operations.clear() if not again else None
+    assert set(server.operations) <= {"/sdk/otel/v1/metrics"}
+    assert len(logs(folder)) == 2
+
+
+def test_sending_again_says_by_its_code_whether_the_server_has_all(
+    folder, server, tmp_path, capsys, monkeypatch
+):
+    command = [sys.executable, "-m", "mnist.tracking", folder]  # not complete yet
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "is no complete run" in done.stderr
+    complete(folder)
+    shutil.copytree(folder / "evaluation/test", other := folder / "evaluation/step-000000050-test")
+    report = json.loads((other / "report.json").read_text())
+    (other / "report.json").write_text(json.dumps(report | {"model": {"sha256": "another"}}))
+    with monkeypatch.context() as without_server:
+        without_server.setenv("WANDB_BASE_URL", "http://127.0.0.1:1")
+        with pytest.raises(SystemExit) as ended:
+            send_again(folder)
+    assert ended.value.code == 1 and "send it later" in capsys.readouterr().err
+    send_again(folder)
+    said = capsys.readouterr()
+    assert f"W&B has all of {folder}" in said.out and "it is of another model" in said.err
+    assert metrics_only(server.run.rows) == [row(step) for step in STEPS]
 
 
 # ------------------------------------------------------------------------------------ failures
