@@ -12,6 +12,7 @@ import io
 import json
 import os
 import re
+import shutil
 import sys
 import time
 import traceback
@@ -428,16 +429,33 @@ def _as_options(settings: dict[str, Any]) -> list[str]:
     return words
 
 
+class _Sheet(io.StringIO):
+    """Where tyro writes. It asks for encoding and terminal, to decide on boxes and colours; what is
+    parsed here must not depend on those of the user."""
+
+    encoding = "utf-8"
+
+
 def _parse_options(arguments: Sequence[str], default: Config) -> Config:
     prog = "train.py" if isinstance(default, TrainConfig) else "evaluate.py"
-    complaint = io.StringIO()
+    wants_help = bool({"-h", "--help"} & set(arguments))
+    width = min(100, max(60, shutil.get_terminal_size().columns)) if wants_help else 1_000_000
+    sheet, columns = _Sheet(), os.environ.get("COLUMNS")
+    if wants_help:
+        sheet.encoding = (sys.stdout.encoding or "ascii").lower()
+    os.environ["COLUMNS"] = str(width)  # which is where tyro reads it, before the terminal's own
     try:
-        with contextlib.redirect_stderr(complaint):
+        with contextlib.redirect_stdout(sheet), contextlib.redirect_stderr(sheet):
             return tyro.cli(type(default), prog=prog, args=list(arguments), default=default)
     except SystemExit as stop:
         if not stop.code:  # --help
+            print(sheet.getvalue(), end="")
             raise
-        raise InputError(_first_sentence(complaint.getvalue())) from None
+        raise InputError(_first_sentence(sheet.getvalue())) from None
+    finally:
+        del os.environ["COLUMNS"]
+        if columns is not None:
+            os.environ["COLUMNS"] = columns
 
 
 def _first_sentence(box: str) -> str:
@@ -464,6 +482,11 @@ def exit_codes(job: str) -> Iterator[None]:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # started with a closed descriptor
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        stream = getattr(sys, name)
+        if isinstance(
+            stream, io.TextIOWrapper
+        ):  # whatever cannot be written in the user's encoding
+            stream.reconfigure(errors="backslashreplace")
     code = 0
     try:
         yield

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 from tqdm import tqdm
 
 from mnist.config import InputError
+
+KEYS = frozenset("step epoch images train/loss train/accuracy images_per_second".split())
+"""What every row has; see ``training.fit``."""
 
 
 class Tracker:
@@ -22,21 +26,33 @@ class Tracker:
         steps: of the whole run.
         step: steps done before.
         kept: bytes of the file that stay, by which a run goes on; what follows them is dropped.
+
+    Raises:
+        InputError: the file cannot be written.
     """
 
     def __init__(self, path: Path, epochs: int, steps: int, step: int = 0, kept: int = 0) -> None:
-        self._file = path.open("a+b")
-        self._file.seek(0)
-        before = self._file.read(kept)
-        if len(before) < kept:
-            print(f"warning: {path} has lost rows", file=sys.stderr, flush=True)
-            before = before[: before.rfind(b"\n") + 1]
-        self._file.truncate(len(before))
+        try:
+            self._file = path.open("a+b")
+            self._file.seek(0)
+            before = self._file.read(kept)
+            lost = len(before) < kept
+            if lost:
+                before = before[: before.rfind(b"\n") + 1]
+            self._file.truncate(len(before))
+        except OSError as error:
+            raise InputError(
+                f"{path}: {error.strerror}: make it a file that can be written, or move it away; "
+                "the run goes on without its earlier rows"
+            ) from None
+        rows = parse_rows(before)
+        if lost or len(rows) < len(before.splitlines()):
+            _warn(f"{path} has lost rows")
         self._epochs = epochs
         self._images = 0
         self._epoch = _nothing()
-        for line in before.splitlines():
-            self._count(json.loads(line))
+        for row in rows:
+            self._count(row)
         terminal = sys.stderr.isatty()
         self._bar = tqdm(total=steps, initial=step, unit="step", disable=not terminal, leave=False)
 
@@ -123,18 +139,35 @@ def _nothing() -> dict[str, float]:
     return {"images": 0, "seconds": 0.0, "train/loss": 0.0, "train/accuracy": 0.0}
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a ``metrics.jsonl``.
+def read_metrics(path: Path, keys: Collection[str] = KEYS) -> list[dict[str, Any]]:
+    """The rows of a ``metrics.jsonl`` that have these keys.
 
-    Raises:
-        InputError: the file is missing, empty or damaged.
+    They are for people to look at: where some are damaged, or all are gone, a warning says so.
     """
     try:
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        contents = path.read_bytes()
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
-    except ValueError:
-        raise InputError(f"{path} is damaged: not one JSON object per line") from None
-    if not rows:
-        raise InputError(f"{path} is damaged: it has no rows")
+        _warn(f"{path}: {error.strerror}: no curves without its rows")
+        return []
+    rows = parse_rows(contents, keys)
+    lines = len(contents.splitlines())
+    if not rows or len(rows) < lines:
+        _warn(f"{path} is damaged: {len(rows)} of its {lines} lines are rows")
     return rows
+
+
+def parse_rows(contents: bytes, keys: Collection[str] = KEYS) -> list[dict[str, Any]]:
+    """What are rows, with numbers under these keys, of the lines of a ``metrics.jsonl``."""
+    rows = []
+    for line in contents.splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and all(isinstance(row.get(key), int | float) for key in keys):
+            rows.append(row)
+    return rows
+
+
+def _warn(line: str) -> None:
+    print(f"warning: {line}", file=sys.stderr, flush=True)

@@ -7,6 +7,7 @@ import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
@@ -165,10 +166,10 @@ def _find_start(config: TrainConfig) -> Start:
 def _record_environment(path: Path, world: World, start: Start) -> None:
     """Write what the run runs on, with that of its earlier starts, and warn of differences."""
     now = environment(world) | ({"precision": start.precision} if start.precision else {})
-    starts = json.loads(path.read_text())["starts"] if start.step and path.exists() else []
+    starts = _earlier_starts(path) if start.step else []
     brief = {name: now[name] for name in ("world_size", "threads", "device", "precision")}
     for name, value in brief.items():
-        if starts and starts[-1][name] != value:
+        if starts and starts[-1].get(name, value) != value:
             print(
                 f"warning: goes on with {name} {value} instead of {starts[-1][name]}: results can "
                 "differ in the last bits",
@@ -177,6 +178,16 @@ def _record_environment(path: Path, world: World, start: Start) -> None:
             )
     starts.append({"step": start.step} | brief)
     write_file(path, json.dumps(now | {"starts": starts}, indent=2) + "\n")
+
+
+def _earlier_starts(path: Path) -> list[dict[str, Any]]:
+    """Those that an ``environment.json`` tells, none if it is damaged: nothing depends on them."""
+    try:
+        starts = json.loads(path.read_bytes())["starts"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    well = isinstance(starts, list) and all(isinstance(start, dict) for start in starts)
+    return starts if well else []
 
 
 def checkpoints_of(config: TrainConfig) -> Path:

@@ -57,7 +57,8 @@ def summarise(folder: Path) -> dict[str, Any]:
 
 def _validation_accuracy(run: Path) -> float | None:
     """After the last step; None without validation images."""
-    return read_metrics(run / "metrics.jsonl")[-1].get("validation/accuracy")
+    rows = read_metrics(run / "metrics.jsonl", keys=())
+    return rows[-1].get("validation/accuracy") if rows else None
 
 
 def _test_accuracy(run: Path) -> float | None:

@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 
 from mnist.config import EvaluateConfig, InputError, TrainConfig, exit_codes
 from mnist.figures import model_of_figure
+from mnist.metrics import parse_rows
 from mnist.report import read_report, report_of_run, sha256
 from mnist.system import StopRequest, write_file
 
@@ -248,7 +249,7 @@ def send_missing(mirror: NoMirror, run_folder: Path) -> None:
     """Send what W&B does not hold of a complete run that this job has found: it was killed, or W&B
     failed, before all was sent. Nothing is started where nothing is missing."""
     report = report_of_run(run_folder, "test")
-    recorded = _read_state(run_folder / "wandb/run.json").get("sent", {})
+    recorded = _read_json(run_folder / "wandb/run.json").get("sent", {})
     wanted = ["finished", *([] if report is None else [_item("test", report)])]
     if all(item in recorded for item in wanted):
         return
@@ -300,13 +301,13 @@ def _item(split: str, report: dict[str, Any]) -> str:
     return f"{split} {report['time']}"
 
 
-def _read_state(path: Path) -> dict[str, Any]:
-    """What ``wandb/run.json`` says; nothing if it is not there, or damaged."""
+def _read_json(path: Path) -> dict[str, Any]:
+    """What a file says; nothing if it is not there, or damaged."""
     try:
-        state = json.loads(path.read_bytes())
+        contents = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return {}
-    return state if isinstance(state, dict) else {}
+    return contents if isinstance(contents, dict) else {}
 
 
 def _kill_tree(pid: int) -> None:
@@ -333,7 +334,7 @@ class _Session:
 
         self.wandb, self.limits, self.out = wandb, limits, out
         self.folder, self.state = folder, folder / "wandb/run.json"
-        recorded = _read_state(self.state)
+        recorded = _read_json(self.state)
         place = {
             "project": settings.project or recorded.get("project") or os.getenv("WANDB_PROJECT"),
             "entity": settings.entity or recorded.get("entity") or os.getenv("WANDB_ENTITY"),
@@ -409,7 +410,7 @@ class _Session:
 
     def _init(self, mode: Literal["online", "offline"]) -> "wandb.Run":
         config = yaml.safe_load((self.folder / "config.yaml").read_text())
-        config["environment"] = json.loads((self.folder / "environment.json").read_text())
+        config["environment"] = _read_json(self.folder / "environment.json")
         return self.wandb.init(
             id=self.place["id"],
             project=self.place["project"],
@@ -477,9 +478,8 @@ class _Session:
         run = self.connect()
         with (self.folder / "metrics.jsonl").open("rb") as file:
             file.seek(self.offset)
-            lines = file.read(max(0, length - self.offset)).splitlines()
-        for line in lines:
-            row = json.loads(line)
+            rows = parse_rows(file.read(max(0, length - self.offset)), {"step"})
+        for row in rows:
             step = row["step"]
             grid = self.grids.pop(step, None)
             if step <= self.held:
@@ -548,8 +548,8 @@ class _Session:
 
     def _log_last(self, shown: dict[str, Any]) -> None:
         """Show something at the last row's step, apart from the rows."""
-        last = (self.folder / "metrics.jsonl").read_bytes().splitlines()[-1]
-        self.connect().log({"step": json.loads(last)["step"], **shown})
+        rows = parse_rows((self.folder / "metrics.jsonl").read_bytes(), {"step"})
+        self.connect().log({"step": rows[-1]["step"] if rows else 0, **shown})
 
     def finished(self) -> None:
         if self._has("finished"):

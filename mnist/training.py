@@ -401,7 +401,7 @@ def finish(config: TrainConfig, world: World, painter: Painter, mirror: NoMirror
     if report_of_run(folder, "test"):
         mirror.evaluated("test", folder / "evaluation/test")
     mirror.finished()
-    print_summary(folder, rows)
+    print_summary(config, rows)
 
 
 def _evaluate_final(config: TrainConfig, weights: Weights, world: World) -> Scores | None:
@@ -433,7 +433,7 @@ def _draw_final(
     draw = partial(painter.draw, model=model_sha256)
     curves, grid = figures / "loss_curves.png", figures / "sample_predictions.png"
     distorted = figures / "distortions.png"
-    if model_of_figure(curves) != model_sha256:
+    if rows and model_of_figure(curves) != model_sha256:
         draw(draw_curves, rows, folder.name, curves)
     split: Literal["test", "validation"] = "test" if config.evaluate == "test" else "validation"
     known = split == "test" or config.validation_size > 0
@@ -474,20 +474,22 @@ def _sample_distortions(config: TrainConfig) -> NDArray[np.uint8]:
     return torch.stack([images, *map(denormalise, made)]).numpy()
 
 
-def print_summary(folder: Path, rows: list[dict[str, Any]]) -> None:
+def print_summary(config: TrainConfig, rows: list[dict[str, Any]]) -> None:
     """The end of a run in a few lines: accuracy, loss, time, speed, files."""
-    last = rows[-1]
-    lines = [""]
+    folder, lines = config.run_folder, [""]
     report = report_of_run(folder, "test")
     if report:
         lines += summary(report, "test")
-    if "validation/loss" in last:
-        accuracy, loss = last["validation/accuracy"], last["validation/loss"]
-        lines.append(f"validation  accuracy {accuracy:.2%}, loss {loss:.4f}")
-    speed = last["images"] / last["seconds"]
-    lines.append(
-        f"training    {last['epoch']:.0f} epochs, {last['step']:,} steps in "
-        f"{last['seconds']:.1f} s, {speed:,.0f} images/s"
-    )
+    last = rows[-1] if rows else {}
+    # Without that of the last step, rows are lost: others do not speak of the final model.
+    if last.get("epoch") == config.epochs and last.get("seconds"):
+        if "validation/loss" in last:
+            accuracy, loss = last["validation/accuracy"], last["validation/loss"]
+            lines.append(f"validation  accuracy {accuracy:.2%}, loss {loss:.4f}")
+        speed = last["images"] / last["seconds"]
+        lines.append(
+            f"training    {last['epoch']:.0f} epochs, {last['step']:,} steps in "
+            f"{last['seconds']:.1f} s, {speed:,.0f} images/s"
+        )
     lines.append(f"files       {folder}")
     print("\n".join(lines), flush=True)

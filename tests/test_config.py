@@ -41,12 +41,14 @@ def test_underscores_and_hyphens_both_work():
 
 
 def test_saved_settings_repeat_the_run(tmp_path):
-    config = parse_train_config("--recipe fast --seed 4 --threads 2 --momentum 0.8".split())
+    config = parse_train_config("--recipe fast --seed 4 --momentum 0.8".split())
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(to_yaml(config)))
     again = parse_train_config(["--config", str(file)])
     assert dataclasses.replace(again, config=None) == config
     assert again.run_folder == config.run_folder
+    here = parse_train_config("--recipe fast --seed 4 --momentum 0.8 --threads 32".split())
+    assert to_yaml(here) == to_yaml(config)  # threads are of a machine
 
 
 def test_run_name_follows_the_settings_that_change_the_numbers():
@@ -66,7 +68,7 @@ def test_run_name_follows_the_settings_that_change_the_numbers():
 def test_every_setting_is_either_numeric_or_known_not_to_be():
     # A new setting must be put on one side: else a resumed run could silently change its numbers.
     others = set(
-        "recipe config run_name runs_dir data_dir threads log_every checkpoint_every "
+        "recipe config run_name runs_dir data_dir threads threads_in_file log_every checkpoint_every "
         "keep_checkpoints fresh evaluate expect_world_size "
         "wandb wandb_project wandb_entity wandb_group wandb_tags".split()
     )
