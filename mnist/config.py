@@ -18,7 +18,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, get_origin
 
 import tyro
 import yaml
@@ -396,36 +396,146 @@ def parse_evaluate_config(arguments: Sequence[str]) -> EvaluateConfig:
     return config
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+_MOST_BYTES = 1 << 16  # of a file of settings; PyYAML takes a second for so many
+_MOST_ALIASES = 16
+
+
+class UniqueKeyLoader(yaml.SafeLoader):
+    """YAML in which no key is given twice; one beside a merge (``<<``) may override it."""
+
+    _aliases = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        # Lists of lists of aliases, or merges of merges, double with every line.
+        self._aliases += self.check_event(yaml.AliasEvent)
+        if self._aliases > _MOST_ALIASES:
+            raise InputError(f"more than {_MOST_ALIASES} aliases (*); write the values out")
+        return super().compose_node(parent, index)
+
+    def compose_mapping_node(self, anchor: dict[Any, yaml.Node]) -> yaml.MappingNode:
+        # Later, keys that are written and keys that are merged can no longer be told apart.
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                name, line = (key.tag, key.value), key.start_mark.line + 1
+                if name in lines:
+                    raise InputError(
+                        f"{_shown(key.value)} is given twice, in lines {lines[name]} and {line}"
+                    )
+                lines[name] = line
+        return node
+
+
+class _VerbatimLoader(UniqueKeyLoader):
+    """Numbers, dates, true and false stay the text that is written; nothing (null) is None.
+
+    YAML 1.1 reads 010 as 8, 1:30 as 90, 1_000 as 1000 and no as false.
+    """
+
+    yaml_constructors: ClassVar[dict[str | None, Any]] = {
+        **yaml.SafeLoader.yaml_constructors,
+        **{
+            f"tag:yaml.org,2002:{kind}": yaml.SafeLoader.construct_yaml_str
+            for kind in ("bool", "int", "float", "timestamp", "value")
+        },
+    }
+
+
+def read_yaml(path: Path, loader: type[UniqueKeyLoader] = UniqueKeyLoader) -> Any:
+    """The content of a YAML file of settings.
+
+    Raises:
+        InputError: it is no YAML, gives a key twice, or is too large for settings.
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        content = file.read(_MOST_BYTES + 1)
     try:
-        settings = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise InputError(f"--config {path}: {error.strerror}") from None
+        if len(content) > _MOST_BYTES:
+            raise InputError(f"not a file of settings: longer than {_MOST_BYTES:,} bytes")
+        return yaml.load(content, loader)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"--config {path}: not a YAML file: {reason}") from None
+        raise InputError(f"{path}: not a YAML file: {reason}") from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    """Settings and their values as written: texts, lists of texts, or None.
+
+    Raises:
+        InputError: the file cannot be read, or holds anything else.
+    """
+    try:
+        settings = read_yaml(path, _VerbatimLoader)
+    except OSError as error:
+        raise InputError(f"--config {path}: {error.strerror}") from None
+    except InputError as error:
+        raise InputError(f"--config {error}") from None
     if not isinstance(settings, dict):
         raise InputError(f"--config {path}: expected lines of 'setting: value'")
     known = [*to_yaml(TrainConfig()), "threads"]  # which earlier versions wrote down
-    unknown = [str(key) for key in settings if key not in known]
+    unknown = [_shown(str(key)) for key in settings if key not in known]
     if unknown:
         raise InputError(
             f"--config {path}: unknown setting {', '.join(unknown)}; known are {', '.join(known)}"
         )
+    for field, value in settings.items():
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(map(_could_be_typed, values)):
+            raise InputError(
+                f"--config {path}: {option(field)} takes a plain value, or a list of them without "
+                "null (unquoted), lists, mappings or binary data"
+            )
     return settings
 
 
+def _could_be_typed(value: Any) -> bool:
+    """Whether a command line can hold it."""
+    try:
+        return isinstance(value, str) and b"\0" not in value.encode(errors="surrogateescape")
+    except UnicodeEncodeError:  # half of a pair
+        return False
+
+
+def _shown(text: str) -> str:
+    return text if text.isprintable() else repr(text)
+
+
 def _as_options(settings: dict[str, Any]) -> list[str]:
-    """YAML values as command-line words, so that one parser checks both."""
+    """What ``_read_yaml`` gives as command-line words, so that one parser checks both.
+
+    Values follow an =, which makes a value of what begins with - as well.
+    """
+    types = {field.name: field.type for field in dataclasses.fields(TrainConfig)}
     words: list[str] = []
     for field, value in settings.items():
-        if value is None and getattr(TrainConfig, field) is not None:
-            raise InputError(f"{option(field)} takes a value, not nothing")
-        if isinstance(value, bool):
-            words.append(option(field if value else f"no_{field}"))
+        name = option(field)
+        if value is None:
+            if getattr(TrainConfig, field) is not None:
+                raise InputError(f"{name} takes a value, not nothing")
+            words.append(f"{name}=None")  # tyro's word for it
+        elif types[field] is bool:
+            truth = yaml.SafeLoader.bool_values.get(str(value).lower())
+            if truth is None:
+                raise InputError(f"{name} takes true or false, not {_shown(str(value))}")
+            words.append(name if truth else option(f"no_{field}"))
+        elif get_origin(types[field]) is tuple:
+            values = value if isinstance(value, list) else [value]
+            for later in values[1:]:
+                if later.startswith("-") and (later == "--" or later.lstrip("-")[:1].isalpha()):
+                    raise InputError(
+                        f"{name} takes {_shown(later)} as the first of its values only"
+                    )
+            words += [f"{name}={values[0]}", *values[1:]] if values else [name]
+        elif isinstance(value, list):
+            raise InputError(f"{name} takes one value, not the list {_shown(', '.join(value))}")
+        elif value == "None" and types[field] == str | None:
+            raise InputError(f"{name} takes null for nothing, not None")
         else:
-            words.append(option(field))
-            words.extend(map(str, value if isinstance(value, list) else [value]))
+            words.append(f"{name}={value}")
     return words
 
 

@@ -19,7 +19,7 @@ from mnist.checkpoint import (
     remove_unfinished,
     set_aside,
 )
-from mnist.config import InputError, TrainConfig, numeric_settings, option, to_yaml
+from mnist.config import InputError, TrainConfig, numeric_settings, option, read_yaml, to_yaml
 from mnist.distributed import World, environment
 from mnist.system import move_aside, write_file
 
@@ -90,7 +90,7 @@ def _is_complete(config: TrainConfig) -> bool:
     _check_is_run(folder)
     if not settings.exists():
         return False
-    recorded = yaml.safe_load(settings.read_text())
+    recorded = read_yaml(settings)
     if not isinstance(recorded, dict):
         raise InputError(f"{settings} is damaged: it holds no settings")
     # What an earlier version did not know is as it is unless it is asked for.

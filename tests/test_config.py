@@ -3,18 +3,25 @@
 import dataclasses
 import subprocess
 import sys
+from contextlib import ExitStack
+from pathlib import Path
+from random import Random
 
 import pytest
 import yaml
 
 from mnist.config import (
+    RECIPES,
     InputError,
     TrainConfig,
     derived_seed,
     numeric_settings,
     parse_train_config,
+    read_yaml,
     to_yaml,
 )
+from mnist.distributed import World
+from mnist.run_folder import open_run_folder
 
 
 def test_baseline_is_the_original_method():
@@ -128,17 +135,201 @@ def test_bad_options_are_one_line_that_names_them(arguments, expected):
         ("a: [", "not a YAML file"),
         ("recipe: slow", "--recipe takes one of"),
         ("recipe: [fast]", "--recipe takes one of"),
-        ("seed: 2024-13-45", "not a YAML file"),
+        ("seed: 2024-13-45", "--seed takes a whole number, not '2024-13-45'"),
         ("data_dir: null", "--data-dir takes a value"),
+        ("wandb_group: None", "--wandb-group takes null for nothing, not None"),
+        ("nesterov: maybe", "--nesterov takes true or false, not maybe"),
+        ("nesterov: 1", "--nesterov takes true or false, not 1"),
+        ("seed: [3]", "--seed takes one value, not the list 3"),
+        ("seed: {a: 1}", "--seed takes a plain value"),
+        ("recipe: [[fast]]", "--recipe takes a plain value"),
+        ("wandb_tags: [a, null]", "or a list of them without null"),
+        ("wandb_group: !!binary aGk=", "--wandb-group takes a plain value"),
+        ('data_dir: "a\\0b"', "--data-dir takes a plain value"),
+        ('data_dir: "\\ud800"', "--data-dir takes a plain value"),
+        ("wandb_tags: [a, --fresh]", "--wandb-tags takes --fresh as the first of its values only"),
+        ("wandb_tags: [a, -h]", "--wandb-tags takes -h as the first of its values only"),
+        ("wandb_tags: [a, --]", "--wandb-tags takes -- as the first of its values only"),
+        ('? "a\\nb"\n: 3', r"unknown setting 'a\nb'"),
+        ("seed: 1\n---\nseed: 2", "expected a single document"),
     ],
 )
 def test_bad_files_are_one_line_that_names_them(tmp_path, text, expected):
-    file = tmp_path / "bad.yaml"
-    file.write_text(text)
+    assert expected in refusal(tmp_path, text)
+
+
+def from_file(folder, text, *arguments):
+    file = folder / "bad.yaml"
+    file.write_bytes(text.encode())
+    return parse_train_config(["--config", str(file), *arguments])
+
+
+def refusal(folder, text):
+    """One line that names the file."""
     with pytest.raises(InputError) as caught:
-        parse_train_config(["--config", str(file)])
-    assert expected in str(caught.value) and "\n" not in str(caught.value)
-    assert "bad.yaml" in str(caught.value)
+        from_file(folder, text)
+    assert "bad.yaml: " in str(caught.value) and "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("seed: 3\nepochs: 2\nseed: 4", "1 and 3"),
+        ("# seeds\n\nseed: 3\n\nseed: 3", "3 and 5"),
+        ("seed: 3\n'seed': 4\nseed: 5", "1 and 2"),
+        ("epochs: 2\n? seed\n: 3\n!!str seed: 4", "2 and 4"),
+        ("{seed: 3, seed: 4}", "1 and 1"),
+        ("seed: {\n  seed: 3,\n  seed: 4}", "2 and 3"),
+        ("<<: {seed: 3,\n  seed: 4}\nseed: 5", "1 and 2"),
+    ],
+)
+def test_setting_given_twice_is_refused_with_both_lines(tmp_path, text, lines):
+    assert refusal(tmp_path, text).endswith(f"bad.yaml: seed is given twice, in lines {lines}")
+
+
+def test_merged_settings_may_be_overridden(tmp_path):
+    text = "<<: [{seed: 3, epochs: 2}, {log_every: 7, seed: 4}]\nepochs: 5\nbatch_size: 8\n"
+    config = from_file(tmp_path, text)
+    assert (config.seed, config.epochs, config.log_every, config.batch_size) == (3, 5, 7, 8)
+    assert refusal(tmp_path, "<<: {seed: 3}\n<<: {epochs: 2}").endswith(
+        "<< is given twice, in lines 1 and 2"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "value"),
+    [
+        # YAML 1.1 reads 8, 83, 1000, 90, a date, False, True, an infinity, None and 31.
+        ("seed: 010", "seed", 10),
+        ("wandb_group: 0123", "wandb_group", "0123"),
+        ("run_name: 1_000", "run_name", "1_000"),
+        ("wandb_group: 1:30", "wandb_group", "1:30"),
+        ("run_name: 2024-01-02", "run_name", "2024-01-02"),
+        ("run_name: no", "run_name", "no"),
+        ("wandb_group: on", "wandb_group", "on"),
+        ("wandb_group: .inf", "wandb_group", ".inf"),
+        ("wandb_group: 'null'", "wandb_group", "null"),
+        ("wandb_tags: [0x1f]", "wandb_tags", ("0x1f",)),
+        ("wandb_tags: [0123, no, 1e3, 'null', '', 'a: b', ü]", "wandb_tags", None),
+        ("wandb_group: !!int 010", "wandb_group", "010"),
+        ("wandb_group: '='", "wandb_group", "="),
+        ("wandb_group: =", "wandb_group", "="),
+        ("wandb_group: ''", "wandb_group", ""),
+        ("wandb_group: --fresh", "wandb_group", "--fresh"),
+        ("wandb_group: -h", "wandb_group", "-h"),
+        ("wandb_tags: [--fresh, -1, '']", "wandb_tags", ("--fresh", "-1", "")),
+        ("data_dir: a b/ü", "data_dir", Path("a b/ü")),
+        ("learning_rate: 1e-05", "learning_rate", 0.00001),
+        ("seed: &s 3\nepochs: *s", "epochs", 3),
+        ("wandb_group:", "wandb_group", None),
+        ("threads: null", "threads", None),
+        ("nesterov: yes", "nesterov", True),
+        ("exact_sums: Off", "exact_sums", False),
+        ("exact_sums: 'false'", "exact_sums", False),
+    ],
+)
+def test_what_is_written_is_what_is_taken(tmp_path, text, field, value):
+    if value is None and "tags" in text:
+        value = ("0123", "no", "1e3", "null", "", "a: b", "ü")
+    config = from_file(tmp_path, text)
+    assert getattr(config, field) == value
+    assert not config.fresh
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("batch_size: 1:30", "--batch-size takes a whole number, not '1:30'"),
+        ("seed: 0x10", "--seed takes a whole number, not '0x10'"),
+        ("epochs: 1e3", "--epochs takes a whole number, not '1e3'"),
+        ("epochs: true", "--epochs takes a whole number, not 'true'"),
+        ("learning_rate: .inf", "--learning-rate takes a number, not '.inf'"),
+        ("learning_rate: 1:30", "--learning-rate takes a number, not '1:30'"),
+        ("hidden_sizes: [4, 3, 2, 010_0x]", "--hidden-sizes"),
+        ("precision: 16", "--precision"),
+    ],
+)
+def test_other_spellings_of_numbers_are_refused_rather_than_converted(tmp_path, text, expected):
+    assert expected in refusal(tmp_path, text)
+
+
+def random_settings(random):
+    # fmt: off
+    texts = (
+        "no", "0123", "1e3", "null", "a: b", "", "ü", "~", "- x", "a #b", "true", "1_000", "-1",
+        "2024-01-02", "'", '"', " padded ", "two\nlines", "<<", "=", "!tag", "&a", "*a", "\udcff",
+        "None", "%", "@", "[1]", "{}", "\t", "\u2028", "👍",
+    )
+    # fmt: on
+    text = [text for text in texts if text != "None"]  # to tyro nothing
+    settings = {
+        "recipe": random.choice(list(RECIPES)),
+        "seed": random.choice([0, 10, 8, 123, 2**40]),
+        "hidden_sizes": tuple(random.choices(range(1, 2000), k=4)),
+        "learning_rate": random.choice([1e-05, 0.1, 1e-300, 123456.789, random.random()]),
+        "momentum": random.random(),
+        "threads": random.choice([None, 1, 10]),
+        "exact_sums": random.random() < 0.5,
+        "run_name": random.choice([None, "no", "0123", "1_000", "null", "1e3", "2024-01-02"]),
+        "data_dir": Path(random.choice(["/a b/c", "ü", "no", "0123", "~", "-x", "a: b #c"])),
+        "wandb_group": random.choice([None, "--fresh", *text]),
+        "wandb_project": random.choice([None, "-h", *text]),
+        "wandb_tags": tuple(random.choices(texts, k=random.randrange(4))),
+    }
+    return RECIPES[settings["recipe"]] | settings
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_every_configuration_reads_its_own_file_back(tmp_path, seed):
+    config = TrainConfig(**random_settings(Random(seed)))
+    config = dataclasses.replace(config, wandb_tags=("--fresh",) * (seed % 2) + config.wandb_tags)
+    again = from_file(tmp_path, yaml.safe_dump(to_yaml(config), sort_keys=False))
+    assert dataclasses.replace(again, config=None) == config
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_reads_its_own_file_back(tmp_path, recipe):
+    config = parse_train_config(["--recipe", recipe])
+    again = from_file(tmp_path, yaml.safe_dump(to_yaml(config), sort_keys=False))
+    assert dataclasses.replace(again, config=None) == config
+
+
+def bomb(first, line, levels):
+    """Every level is the one before it, nine times."""
+    levels = [line.format(n, ", ".join([f"*a{n - 1}"] * 9)) for n in range(1, levels)]
+    return "\n".join([f"seed: &a0 {first}", *levels])
+
+
+BOMBS = {
+    "lists": (bomb("[x, x]", "k{0}: &a{0} [{1}]", 30), "more than 16 aliases"),
+    "merges": (bomb("{x: 1}", "k{0}: &a{0} {{<<: [{1}]}}", 30), "more than 16 aliases"),
+    "list in itself": ("seed: &a [*a]", "--seed takes a plain value"),
+    "mapping in itself": ("&a {seed: *a}", "--seed takes a plain value"),
+    "deep": ("[" * 20_000, "recursion"),
+    "deep, block": ("- " * 20_000, "recursion"),
+    "deep, mappings": ("{a: " * 9_000, "recursion"),
+    "long": ("seed: " + "0" * 65_531, "longer than 65,536 bytes"),
+}
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+def test_bombs_end_in_one_line(tmp_path, kind):
+    text, expected = BOMBS[kind]
+    message = refusal(tmp_path, text)
+    assert expected in message and len(message) < 500
+
+
+def test_recorded_settings_have_their_types_and_no_repetition(tmp_path):
+    config = TrainConfig(runs_dir=tmp_path, run_name="run", wandb_tags=("010",))
+    file = tmp_path / "run" / "config.yaml"
+    file.parent.mkdir()
+    file.write_text(yaml.safe_dump(to_yaml(config)))
+    assert read_yaml(file) == to_yaml(config)
+    file.write_text("seed: 0\nepochs: 1\nseed: 1\n")
+    with ExitStack() as stack, pytest.raises(InputError) as caught:
+        open_run_folder(config, World(), stack)
+    assert str(caught.value) == f"{file}: seed is given twice, in lines 1 and 3"
 
 
 def test_recipe_beside_a_file_of_another_recipe_is_refused(tmp_path):
