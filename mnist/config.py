@@ -220,7 +220,8 @@ class EvaluateConfig:
     Nx28x28 (uint8, or floats of 0 to 1), or a folder of image files, in sub-folders 0 to 9 where
     their labels are known."""
     labels: Path | None = None
-    """Their labels, 0 to 9: an IDX file (also .gz) or a .npy of N."""
+    """Their labels, 0 to 9: an IDX file (also .gz) or a .npy of N, in the images' order; or for a
+    folder a CSV with the columns file and label, a row for each image."""
     output_dir: Path | None = None
     """Where the files go; by default evaluation/ beside the model, with a folder per split."""
     batch_size: int = 1024

@@ -19,7 +19,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from mnist import data, inputs
+from mnist import data, inputs, report
 from mnist.config import InputError
 from mnist.inputs import Inputs, Suspicions, open_images, open_mnist, suspicion_warnings
 
@@ -58,10 +58,10 @@ def folder_of_pngs(folder: Path) -> Path:
 
 
 @contextmanager
-def refused(path: Path, complaint: str) -> Iterator[None]:
+def refused(path: Path, complaint: str) -> Iterator[pytest.ExceptionInfo[InputError]]:
     """One line that begins with the file and says this, as a pattern."""
     with pytest.raises(InputError, match=complaint) as caught:
-        yield
+        yield caught
     assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
     assert "Traceback" not in str(caught.value)
 
@@ -388,6 +388,234 @@ def test_labels_of_a_folder(tmp_path: Path) -> None:
     image_file(folder / "4" / "x.png")
     with refused(labels, "expected no labels beside .*folder, found 1 of its images in folders 0"):
         open_images(folder, labels)
+
+
+def named_folder(folder: Path, *names: str) -> Path:
+    """Empty files: nothing is decoded before it is scored."""
+    for name in names:
+        write(folder / name, b"")
+    return folder
+
+
+NAMES = [f"{number}.png" for number in range(12)]  # as text 0 1 10 11 2 …: no label is in its row
+ROWS = [f"{number}.png,{number * 7 % 10}" for number in range(12)]
+NUMBERS = [0, 1, 10, 11, 2, 3, 4, 5, 6, 7, 8, 9]
+EXPECTED = [number * 7 % 10 for number in NUMBERS]
+TABLES: dict[str, bytes] = {
+    "plain": "\n".join(["file,label", *ROWS]).encode(),
+    "any order": "\n".join(["file,label", *ROWS[::-1], ""]).encode(),
+    "BOM, CRLF": ("\ufeff" + "\r\n".join(["file,label", *ROWS, ""])).encode(),
+    "CR": "\r".join(["file,label", *ROWS]).encode(),
+    "blank lines": "\n\n".join(["", "file,label", *ROWS, "", ""]).encode(),
+    "quoted": "\n".join(
+        f'"{name}","{label}"' for name, label in (row.split(",") for row in ["file,label", *ROWS])
+    ).encode(),
+    "more columns": "\n".join(
+        ["index,label,prediction,file,"]
+        + [f"3,{row.split(',')[1]},9,{row.split(',')[0]}," for row in ROWS]
+    ).encode(),
+    "./": "\n./".join(["file,label", *ROWS]).encode(),
+}
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_labels_by_name(tmp_path: Path, kind: str) -> None:
+    folder = named_folder(tmp_path / "folder", *NAMES)
+    path = write(tmp_path / "labels", TABLES[kind])
+    found = open_images(folder, path)
+    assert found.files is not None and [Path(file).stem for file in found.files][2] == "10"
+    assert found.labels(0, 12).tolist() == EXPECTED and found.labelled == 12
+    assert found.labels(3, 6).tolist() == EXPECTED[3:6] and found.labels(3, 6).dtype == np.int64
+    assert found.hashes()["labels_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert found.warnings == () and found.labels_path == path
+
+
+def test_labels_from_predictions_of_our_own(tmp_path: Path) -> None:
+    names = sorted(["2.png", "10.png", 'a, "b".png', "ü\r\n.png", os.fsdecode(b"\xff.png")])
+    folder = named_folder(tmp_path / "folder", *names)
+    probabilities = np.full((5, 10), 0.1, np.float32)
+    labels = np.array([4, 0, 9, 1, 7])
+    rows = report.csv_rows(np.arange(5), labels, probabilities, names)
+    path = write(tmp_path / "predictions.csv", report.csv_header(True).encode() + rows)
+    assert open_images(folder, path).labels(0, 5).tolist() == labels.tolist()
+    rows = report.csv_rows(np.arange(5), labels - 1, probabilities, names)  # one is unknown
+    write(path, report.csv_header(True).encode() + rows)
+    with refused(path, "line 3: expected a label from 0 to 9, found ''"):
+        open_images(folder, path)
+
+
+def test_names_that_look_the_same(tmp_path: Path) -> None:
+    composed, apart = "\u00fc.png", "u\u0308.png"
+    for folder, file, name in (("a", composed, apart), ("b", apart, composed)):
+        images = named_folder(tmp_path / folder, file, "other.png")
+        path = write(tmp_path / "labels", f"file,label\nother.png,3\n./{name},7\n".encode())
+        found = open_images(images, path)
+        assert found.files is not None
+        assert found.labels(0, 2)[found.files.index(file)] == 7
+        both = f"file,label\n{file},3\n{name},7\nother.png,1\n"
+        with refused(write(path, both.encode()), f"'{file}' is given twice, in lines 2 and 3$"):
+            open_images(images, path)
+    images = named_folder(tmp_path / "both", composed, apart)
+    write(path, f"file,label\n{composed},3\n{apart},7\n".encode())
+    assert open_images(images, path).labels(0, 2).tolist() == [7, 3]
+    # A third way to write what two files look like.
+    images = named_folder(tmp_path / "three", "\u1e69.png", "s\u0323\u0307.png")
+    write(path, "file,label\ns\u0307\u0323.png,3\n\u1e69.png,7\n".encode())
+    with refused(path, "1 row.s. name no image of .*three: 's.* in line 2; 1 of 2 images"):
+        open_images(images, path)
+
+
+TABLE = r"expected labels as an IDX .*, or for a folder of images as a CSV \(UTF-8\) with the colum"
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"", f"{TABLE}ns file and label, found an empty file$"),
+        (
+            b"file,label\n",
+            "12 of 12 images of .*folder have no row: '0.png', '1.png', '10.png', …$",
+        ),
+        (b"\n\n", f"{TABLE}.* found ''$"),
+        (b"file;label\n0.png;7\n", f"{TABLE}.*separated by commas, found 'file;label'$"),
+        (b'"file";"label"\n"0.png";"7"\n', "line 1: cannot be read as CSV: ',' expected after"),
+        (b"file\tlabel\n0.png\t7\n", f"{TABLE}.*separated by commas, found 'file..label'$"),
+        (b"file,label\n0.png;7\n", "line 2: expected 2 columns separated by commas, found 1: '0.p"),
+        (
+            b"file,label\n\n0.png\n",
+            "line 3: expected 2 columns separated by commas, found 1: '0.pn",
+        ),
+        (b"file,label\n0.png,7,1\n", "line 2: expected 2 columns separated by commas, found 3: "),
+        (b"0.png,7\n1.png,3\n", f"{TABLE}.* found '0.png,7'$"),
+        (b"7\n2\n", f"{TABLE}.* found '7'$"),
+        (b"file,digit\n0.png,7\n", f"{TABLE}.* found 'file,digit'$"),
+        (b"file,label,label\n0.png,7,8\n", f"{TABLE}.*each once .* found 'file,label,label'$"),
+        (b"index,label\n0,7\n", f"{TABLE}.* found 'index,label'$"),
+        (b"\x7fELF\x02\0\0\xff\xfe\r\xff", f"{TABLE}.* found '.x7fELF.x02"),
+        ("file,label\n0.png,7\n".encode("utf-16"), f"{TABLE}.* found '.udcff.udcfef.x00i.x00l"),
+        (
+            b"file,label\n0.p\0ng,7\n",
+            "1 row.s. name no image of .*: '0.p.x00ng' in line 2; 12 of 1",
+        ),
+        (b"file,label\n0.png,7\n" + bytes(300), "line 3: expected 2 columns.*found 1: '.x00.x00"),
+        (b"file,label\n0.png,7" + bytes(300), "line 2: expected a label from 0 to 9, found '7.x00"),
+        (
+            b'file,label\n0.png,7\n"1.png,7\n2.png,3\n',
+            "line 3: cannot be read as CSV: unexpected e",
+        ),
+        (b'file,label\n"1.png,7\n2.png",3\n', r"name no image of .*: '1.png,7.n2.png' in line 2; "),
+        (b"file,label\n" + b"a" * 200_000 + b",7\n", "line 2: cannot be read as CSV: field larger"),
+        (b"file,label\n" + b"a," * 800_000, "line 2: cannot be read as CSV: longer than 1,048,575"),
+        (b"file,label\n" + b"a" * 200 + b",7\n", f"name no image of .*: '{'a' * 60}…' in line 2;"),
+        *(
+            (f"file,label\n0.png,1\n1.png,{label}\n".encode(), "line 3: expected a label from 0 to")
+            for label in ("", "7.5", "7.0", "seven", "10", "-1", " 7", "07", "+7", "\u0663", "0x1")
+        ),
+        (gzip.compress(TABLES["plain"]), f"{TABLE}.* found a file that starts with 66 69 6c 65"),
+    ],
+    ids=lambda value: repr(value)[:40],
+)
+def test_refused_tables(tmp_path: Path, content: bytes, complaint: str) -> None:
+    folder = named_folder(tmp_path / "folder", *NAMES)
+    path = write(tmp_path / "labels", content)
+    with refused(path, complaint) as caught:
+        open_images(folder, path)
+    assert len(str(caught.value)) < 600
+
+
+def test_rows_and_images_that_do_not_match(tmp_path: Path) -> None:
+    folder = named_folder(tmp_path / "folder", *NAMES, ".hidden.png", "notes.txt")
+    rows = [*ROWS, "no.png,3", "folder/0.png,1", ".hidden.png,1", "notes.txt,2"]
+    path = write(tmp_path / "labels", "\n".join(["file,label", *rows[2:]]).encode())
+    with refused(path, "4 row.s. name no image of .*folder: 'no.png' in line 12, 'folder/0.png' in "
+                 "line 13, '.hidden.png' in line 14, …; 2 of 12 images of .*folder have no row: "
+                 "'0.png', '1.png'$"):  # fmt: skip
+        open_images(folder, path)
+    write(path, "\n".join(["file,label", *ROWS[:5], *ROWS[6:]]).encode())
+    with refused(path, "labels: 1 of 12 images of .*folder have no row: '5.png'$"):
+        open_images(folder, path)
+    write(path, "\n".join(["file,label", *ROWS, "", "x.png,0"]).encode())
+    with refused(path, "labels: 1 row.s. name no image of .*folder: 'x.png' in line 15$"):
+        open_images(folder, path)
+    write(path, "\n".join(["file,label", *ROWS, ROWS[3]]).encode())
+    with refused(path, "labels: '3.png' is given twice, in lines 5 and 14$"):
+        open_images(folder, path)
+
+
+def test_tables_elsewhere(tmp_path: Path) -> None:
+    path = write(tmp_path / "labels.csv", TABLES["plain"])
+    for content in (idx(PIXELS), npy(PIXELS), gzip.compress(idx(PIXELS))):
+        with refused(path, "expected labels as an IDX .*, or for a folder of images as a CSV"):
+            open_images(write(tmp_path / "images", content), path)
+    folder = named_folder(tmp_path / "folder", "3/0.png")
+    with refused(path, "expected no labels beside .*folder, found 1 of its images in folders 0"):
+        open_images(folder, path)
+    os.mkfifo(tmp_path / "pipe")
+    with refused(tmp_path / "pipe", "expected labels as an IDX .*, found a device"):
+        open_images(named_folder(tmp_path / "images of it", *NAMES), tmp_path / "pipe")
+
+
+def test_table_among_its_images_is_not_ignored(tmp_path: Path, monkeypatch: Any) -> None:
+    named_folder(tmp_path / "folder", *NAMES)
+    path = write(tmp_path / "folder" / "labels.csv", TABLES["plain"])
+    assert open_images(tmp_path / "folder", path).warnings == ()
+    monkeypatch.chdir(tmp_path / "folder")
+    assert open_images(Path(), Path("labels.csv")).warnings == ()
+    assert len(open_images(Path(), None).warnings) == 1
+
+
+@pytest.mark.parametrize(
+    ("names", "order"),
+    [
+        (["2.png", "10.png"], "'10.png' of .* comes before '2.png', but not by the numbers in the"),
+        ([f"{n}.png" for n in range(500)], "'109.png' of .* before '11.png', but not by the numbe"),
+        (["a 9 b.png", "a 10 b.png"], "'a 10 b.png' of .*, but not by the numbers"),
+        (["-2.png", "-1.png"], "'-1.png' of .* comes before '-2.png', but not by the numbers"),
+        (["01.png", "1.png"], "'01.png' of .* comes before '1.png', but not by the numbers"),
+        (["B.png", "a.png"], "'B.png' of .* comes before 'a.png', but not regardless of small and"),
+        (["A.png", "a.png"], "'A.png' of .* comes before 'a.png', but not regardless of small and"),
+        (["1.PNG", "1.png"], "but not regardless of small and"),
+        (["1.png", "1.jpg"], "'1.jpg' of .* comes before '1.png', but not as file managers show"),
+        (["a-1.png", "a.png"], "'a-1.png' of .* comes before 'a.png', but not as file managers"),
+        (
+            ["img1.png", "img_1.png"],
+            "'img1.png' of .* before 'img_1.png', but not as file managers",
+        ),
+        (["f.png", "\u00e9.png"], "'f.png' of .* comes before 'é.png', but not as file managers"),
+        (["\u00e9.png", "e\u0301.png"], "but not as file managers"),
+    ],
+)
+def test_labels_without_names_where_the_order_is_not_certain(
+    tmp_path: Path, names: list[str], order: str
+) -> None:
+    folder = named_folder(tmp_path / "folder", *names)
+    path = write(tmp_path / "labels", npy(np.zeros(len(names), np.uint8)))
+    with refused(path, f"which label is whose is not certain: .*{order}.*; give --labels a CSV"):
+        open_images(folder, path)
+    assert len(open_images(folder, None)) == len(names)
+    table = "".join(f'"{name}",{number % 10}\n' for number, name in enumerate(names))
+    found = open_images(folder, write(path, f"file,label\n{table}".encode()))
+    expected = [names.index(name) % 10 for name in sorted(names)]
+    assert found.labels(0, 1000).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"{number:02}.png" for number in range(100)],
+        ["a.png", "ab.png", "b.png"],
+        ["9.png"],
+        ["scan 1_007.JPG", "scan 1_008.jpg", "scan 2_001.tif"],
+        ["digit-0008.png", "digit-0009.png", "digit-0010.png", "number-0001.png"],
+        ["2024-01-05 12.30.59.png", "2024-01-05 12.31.00.png"],
+        [f"{name}.png" for name in "äöü"],
+    ],
+)
+def test_labels_without_names_where_all_orders_agree(tmp_path: Path, names: list[str]) -> None:
+    folder = named_folder(tmp_path / "folder", *names)
+    labels = np.arange(len(names)) * 3 % 10
+    found = open_images(folder, write(tmp_path / "labels", npy(labels)))
+    assert found.files == names and found.labels(0, 100).tolist() == labels.tolist()
 
 
 def test_files_that_are_ignored(tmp_path: Path) -> None:
