@@ -621,8 +621,8 @@ def _check_order(path: Path, folder: Path, files: Sequence[str]) -> None:
                 )
 
 
-_NUMBER = re.compile("(^-?[0-9]+|[0-9]+)")
-_PART = re.compile(r"[0-9]+|[^\W0-9_]+|[\W_]")
+_NUMBER = re.compile(r"(^-?\d+|\d+)")  # of any script, as int() takes them
+_PART = re.compile(r"\d+|[^\W\d_]+|[\W_]")
 
 
 def _by_numbers(name: str) -> list[Any]:
@@ -641,7 +641,7 @@ def _as_shown(name: str) -> list[tuple[int, int | str]]:
         letters = unicodedata.normalize("NFD", plain)
         plain = "".join(letter for letter in letters if not unicodedata.combining(letter))
     return [
-        (1, int(part)) if part[0] in _DIGITS else (2 if part.isalnum() else 0, part)
+        (1, int(part)) if part.isdecimal() else (2 if part.isalnum() else 0, part)
         for part in _PART.findall(plain)
     ]
 

@@ -571,6 +571,7 @@ def test_table_among_its_images_is_not_ignored(tmp_path: Path, monkeypatch: Any)
         ([f"{n}.png" for n in range(500)], "'109.png' of .* before '11.png', but not by the numbe"),
         (["a 9 b.png", "a 10 b.png"], "'a 10 b.png' of .*, but not by the numbers"),
         (["-2.png", "-1.png"], "'-1.png' of .* comes before '-2.png', but not by the numbers"),
+        (["٩.png", "١٠.png"], "'١٠.png' of .* comes before '٩.png', but not by the numbers"),
         (["01.png", "1.png"], "'01.png' of .* comes before '1.png', but not by the numbers"),
         (["B.png", "a.png"], "'B.png' of .* comes before 'a.png', but not regardless of small and"),
         (["A.png", "a.png"], "'A.png' of .* comes before 'a.png', but not regardless of small and"),
