@@ -75,8 +75,8 @@ def test_run_name_follows_the_settings_that_change_the_numbers():
 def test_every_setting_is_either_numeric_or_known_not_to_be():
     # A new setting must be put on one side: else a resumed run could silently change its numbers.
     others = set(
-        "recipe config run_name runs_dir data_dir threads threads_in_file log_every checkpoint_every "
-        "keep_checkpoints fresh evaluate expect_world_size "
+        "recipe config run_name runs_dir data_dir threads threads_in_file log_every "
+        "checkpoint_every keep_checkpoints fresh evaluate expect_world_size "
         "wandb wandb_project wandb_entity wandb_group wandb_tags".split()
     )
     names = {field.name for field in dataclasses.fields(TrainConfig)}
@@ -269,7 +269,6 @@ def random_settings(random):
         "hidden_sizes": tuple(random.choices(range(1, 2000), k=4)),
         "learning_rate": random.choice([1e-05, 0.1, 1e-300, 123456.789, random.random()]),
         "momentum": random.random(),
-        "threads": random.choice([None, 1, 10]),
         "exact_sums": random.random() < 0.5,
         "run_name": random.choice([None, "no", "0123", "1_000", "null", "1e3", "2024-01-02"]),
         "data_dir": Path(random.choice(["/a b/c", "ü", "no", "0123", "~", "-x", "a: b #c"])),
