@@ -7,13 +7,16 @@ scripts/evaluate --processes 2 --model FILE                                # two
 
 import sys
 
-from mnist.config import exit_codes, parse_evaluate_config
-from mnist.system import die_with_launcher
-from mnist.threads import surroundings
+from mnist.system import die_with_launcher, end_quietly_when_interrupted
 
 if __name__ == "__main__":
+    end_quietly_when_interrupted()  # before what takes long to import
+    from mnist.config import exit_codes, parse_evaluate_config
+
     with exit_codes("evaluate.py"):
         die_with_launcher()
+        from mnist.threads import surroundings
+
         surroundings()  # before torch is imported
         config = parse_evaluate_config(sys.argv[1:])
         from mnist.evaluation import evaluate

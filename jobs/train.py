@@ -9,15 +9,18 @@ import contextlib
 import os
 import sys
 
-from mnist.config import exit_codes, parse_train_config
-from mnist.figures import Painter
-from mnist.system import die_with_launcher
-from mnist.threads import surroundings
-from mnist.tracking import NoMirror, open_mirror, wandb_settings
+from mnist.system import die_with_launcher, end_quietly_when_interrupted
 
 if __name__ == "__main__":
+    end_quietly_when_interrupted()  # before what takes long to import
+    from mnist.config import exit_codes, parse_train_config
+
     with exit_codes("train.py"):
         die_with_launcher()
+        from mnist.figures import Painter
+        from mnist.threads import surroundings
+        from mnist.tracking import NoMirror, open_mirror, wandb_settings
+
         surroundings()  # before torch is imported
         config = parse_train_config(sys.argv[1:])
         is_main = os.environ.get("RANK", "0") == "0"

@@ -366,7 +366,9 @@ def parse_train_config(arguments: Sequence[str]) -> TrainConfig:
     sources.add_argument("--config", nargs="?")
     sources.add_argument("--recipe", nargs="?")
     found, _ = sources.parse_known_args(arguments)
-    settings = _read_yaml(Path(found.config)) if found.config is not None else {}
+    settings = (
+        _read_yaml(Path(os.path.expanduser(found.config))) if found.config is not None else {}
+    )
     recipe: Any = found.recipe or settings.get("recipe", "baseline")
     if "recipe" in settings and recipe != settings["recipe"]:
         raise InputError(
@@ -557,7 +559,8 @@ def _parse_options(arguments: Sequence[str], default: Config) -> Config:
     os.environ["COLUMNS"] = str(width)  # which is where tyro reads it, before the terminal's own
     try:
         with contextlib.redirect_stdout(sheet), contextlib.redirect_stderr(sheet):
-            return tyro.cli(type(default), prog=prog, args=list(arguments), default=default)
+            config = tyro.cli(type(default), prog=prog, args=list(arguments), default=default)
+        return _expand_homes(config)
     except SystemExit as stop:
         if not stop.code:  # --help
             print(sheet.getvalue(), end="")
@@ -567,6 +570,19 @@ def _parse_options(arguments: Sequence[str], default: Config) -> Config:
         del os.environ["COLUMNS"]
         if columns is not None:
             os.environ["COLUMNS"] = columns
+
+
+def _expand_homes(config: Config) -> Config:
+    """Paths with their ``~`` resolved: a shell does so only at the beginning of a word."""
+    paths: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, Path) and value.parts[:1] and value.parts[0].startswith("~"):
+            try:
+                paths[field.name] = value.expanduser()
+            except RuntimeError as error:
+                raise InputError(f"{option(field.name)} {value}: {error}") from None
+    return dataclasses.replace(config, **paths) if paths else config
 
 
 def _first_sentence(box: str) -> str:

@@ -74,6 +74,7 @@ def fetch_mnist(data_dir: Path) -> None:
     try:
         if data_dir.exists() and not data_dir.is_dir():
             raise InputError(f"data directory {data_dir} is a file, not a folder")
+        _refuse_inner_folder(data_dir)
         if not _wrong_files(raw):
             return
         data_dir.mkdir(parents=True, exist_ok=True)
@@ -83,6 +84,17 @@ def fetch_mnist(data_dir: Path) -> None:
                 _fetch(data_dir, raw, wrong)
     except OSError as error:
         raise InputError(f"data directory {data_dir} cannot be used for MNIST: {error}") from error
+
+
+def _refuse_inner_folder(data_dir: Path) -> None:
+    """Name the right folder where this is one inside of it: a second copy would go into there."""
+    inside = data_dir.resolve()
+    for root in (inside.parent, inside.parent.parent):
+        raw = root / "MNIST" / "raw"
+        if inside in (raw, raw.parent) and raw.is_dir():
+            raise InputError(
+                f"data directory {data_dir} is inside of MNIST's: take --data-dir {root}"
+            )
 
 
 def _wrong_files(raw: Path) -> list[str]:

@@ -79,6 +79,7 @@ def evaluate(config: EvaluateConfig) -> None:
     Raises:
         InputError: the model, the images or the folders do not allow it; nothing is changed.
     """
+    refuse_missing(config)
     if config.images is None:
         fetch_mnist(config.data_dir)  # before processes wait for each other
     world = connect(config)
@@ -123,18 +124,28 @@ def print_summary(report: dict[str, Any], output: Path) -> None:
     )
 
 
+def refuse_missing(config: EvaluateConfig) -> None:
+    """Before anything is fetched.
+
+    Raises:
+        InputError: no such run, or no such file.
+    """
+    if config.run is not None and not config.run.is_dir():
+        raise InputError(f"--run {config.run}: no such run folder")
+    if config.model is not None and not config.model.exists():
+        raise InputError(f"--model {config.model}: no such file")
+
+
 def find_weights(config: EvaluateConfig) -> Weights:
     """The model file that the options mean.
 
     Raises:
-        InputError: no such run, or it has no weights.
+        InputError: the run has no weights.
     """
     if config.run is None:
         assert config.model is not None
         inside = enclosing_checkpoint(config.model)
         return Weights(path=config.model, step=None if inside is None else step_of(inside))
-    if not config.run.is_dir():
-        raise InputError(f"--run {config.run}: no such run folder")
     final = config.run / "model.safetensors"
     inside = enclosing_checkpoint(config.run)
     if inside is not None:

@@ -68,6 +68,8 @@ def _draw_what_arrives() -> bool:
     """Returns whether a figure could not be written."""
     for stop in StopRequest.SIGNALS:  # they are for the job, which then ends this
         signal.signal(stop, signal.SIG_IGN)
+    # A kernel's backend, a home's fonts or LaTeX are for others: here all looks the same.
+    os.environ |= {"MPLBACKEND": "agg", "MATPLOTLIBRC": os.devnull}
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # of a home that is not writable
     figure = _new_figure(1, 1)
     figure.text(0, 0, "loads the fonts")

@@ -11,6 +11,10 @@ import os
 import sys
 from pathlib import Path
 
+from mnist.system import end_quietly_when_interrupted
+
+if __name__ == "__main__":
+    end_quietly_when_interrupted()  # before what takes long to import
 from mnist.config import (
     EXIT_CODE_FILE,
     InputError,

@@ -94,19 +94,21 @@ class Tracker:
         return epoch
 
     def _say_epoch(self, row: dict[str, Any], sums: dict[str, float]) -> None:
-        """One line: means over the epoch just ended, and the validation after it."""
+        """One line of at most 80 columns: loss and accuracy over the epoch just ended, and of
+        the validation after it."""
         images = sums["images"]
         parts = [
             f"epoch {row['epoch']:{len(str(self._epochs))}.0f}/{self._epochs}",
-            f"training loss {sums['train/loss'] / images:.4f}, "
-            f"accuracy {sums['train/accuracy'] / images:.2%}",
+            f"train {sums['train/loss'] / images:.4f} {sums['train/accuracy'] / images:.2%}",
         ]
         if "validation/loss" in row:
             loss, accuracy = row["validation/loss"], row["validation/accuracy"]
-            parts.append(f"validation loss {loss:.4f}, accuracy {accuracy:.2%}")
-        parts.append(f"{images / sums['seconds']:,.0f} images/s")
+            parts.append(f"validation {loss:.4f} {accuracy:.2%}")
+        speed = images / sums["seconds"]
+        shown = f"{speed:,.0f}" if speed < 100_000 else f"{speed / 1000:,.0f}k"
+        parts.append(f"{shown} images/s")
         with tqdm.external_write_mode(file=sys.stdout):
-            print("   ".join(parts), flush=True)
+            print("  ".join(parts), flush=True)
 
     def __enter__(self) -> "Tracker":
         return self
@@ -151,7 +153,7 @@ def read_metrics(path: Path, keys: Collection[str] = KEYS) -> list[dict[str, Any
         return []
     rows = parse_rows(contents, keys)
     lines = len(contents.splitlines())
-    if not rows or len(rows) < lines:
+    if len(rows) < lines:
         _warn(f"{path} is damaged: {len(rows)} of its {lines} lines are rows")
     return rows
 

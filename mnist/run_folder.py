@@ -1,5 +1,6 @@
 """A run's folder: whose it is, where its training begins or goes on, what it runs on."""
 
+import contextlib
 import errno
 import json
 import os
@@ -77,6 +78,17 @@ def open_run_folder(config: TrainConfig, world: World, stack: ExitStack) -> Star
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise InputError(f"run folder {folder}: {reason}; see --runs-dir") from None
     return start
+
+
+def refuse_other_run(config: TrainConfig) -> None:
+    """Before anything is fetched or waits for others.
+
+    Raises:
+        InputError: the folder is of a run with other settings, or not of a run.
+    """
+    with contextlib.suppress(OSError, yaml.YAMLError):  # said when the folder is opened
+        if not config.fresh:
+            _is_complete(config)
 
 
 def _is_complete(config: TrainConfig) -> bool:

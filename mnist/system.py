@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -56,7 +57,7 @@ class StopRequest:
     another process inside a collective.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
     def __init__(self) -> None:
         self.requested = False
@@ -66,8 +67,10 @@ class StopRequest:
         os.set_blocking(self._writer, False)
         self._wakeup = signal.set_wakeup_fd(self._writer)
         # What Python calls may do nothing: only with a handler does the signal reach the pipe.
-        self._handlers = {number: signal.signal(number, _ignore) for number in self.SIGNALS}
-        threading.Thread(target=self._watch, args=(reader, os.getppid()), daemon=True).start()
+        self._handlers = {number: signal.signal(number, _ignore) for number in stop_signals()}
+        terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+        watch = partial(self._watch, reader, os.getppid(), terminals)
+        threading.Thread(target=watch, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -76,17 +79,39 @@ class StopRequest:
         signal.set_wakeup_fd(self._wakeup)
         os.close(self._writer)  # ends the thread
 
-    def _watch(self, reader: int, parent: int) -> None:
+    def _watch(self, reader: int, parent: int, terminals: list[int]) -> None:
         first = None
         while received := os.read(reader, 1):
             now = time.monotonic()
             first = first or now
+            if received[0] == signal.SIGHUP:
+                _leave(terminals)
             self.requested = True
             if os.getppid() != parent:
                 threading.Timer(4, os._exit, (128 + received[0],)).start()
             elif now - first > 5:
                 os._exit(128 + received[0])
         os.close(reader)
+
+
+def stop_signals() -> list[signal.Signals]:
+    """The signals by which this process is asked to stop: all but a SIGHUP that it was started to
+    ignore, as ``nohup`` does."""
+    numbers = StopRequest.SIGNALS
+    return [n for n in numbers if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+
+
+def _leave(terminals: list[int]) -> None:
+    """Write to nowhere what would go to a terminal that has gone, on which writing is an error."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in terminals:
+        os.dup2(nowhere, descriptor)
+
+
+def end_quietly_when_interrupted() -> None:
+    """Let Ctrl-C end this process at once, without Python's traceback, while it imports modules."""
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _ignore(number: int, frame: object) -> None:

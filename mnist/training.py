@@ -59,7 +59,7 @@ from mnist.inputs import Inputs, open_mnist
 from mnist.metrics import NoTracker, Tracker, read_metrics
 from mnist.model import MLP, load_model, model_bytes, save_model
 from mnist.report import SPLITS, Example, make_room, report_of_run, sha256
-from mnist.run_folder import Start, checkpoints_of, open_run_folder
+from mnist.run_folder import Start, checkpoints_of, open_run_folder, refuse_other_run
 from mnist.step import Learner
 from mnist.system import StopRequest, die_with_launcher, flush_to_disk
 from mnist.tracking import NoMirror, send_missing
@@ -86,6 +86,7 @@ def train(config: TrainConfig, painter: Painter | None, mirror: NoMirror) -> Non
         InputError: the settings or the folders do not allow it.
         SystemExit: interrupted; with 75 if that is saved, else with 1.
     """
+    refuse_other_run(config)
     fetch_mnist(config.data_dir)  # before processes wait for each other
     world = connect(config)
     with StopRequest() as stop, ExitStack() as stack:
@@ -288,9 +289,9 @@ def fit(
         saved = world.from_main(lambda: saver is not None and saver.newest == step)
         if world.is_main:
             said = "saved" if saved else "NOT saved, see above"
+            same = "the same command without --fresh" if config.fresh else "the same command again"
             print(
-                f"interrupted at step {step:,}: {said}; the same command again goes on with "
-                f"{config.run_folder}",
+                f"interrupted at step {step:,}: {said}; {same} goes on with {config.run_folder}",
                 file=sys.stderr,
                 flush=True,
             )

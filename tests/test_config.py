@@ -1,8 +1,15 @@
 """Recipes, YAML files and the command line."""
 
+import contextlib
 import dataclasses
+import fcntl
+import os
+import pty
+import signal
+import struct
 import subprocess
 import sys
+import termios
 from contextlib import ExitStack
 from pathlib import Path
 from random import Random
@@ -16,12 +23,15 @@ from mnist.config import (
     TrainConfig,
     derived_seed,
     numeric_settings,
+    parse_evaluate_config,
     parse_train_config,
     read_yaml,
     to_yaml,
 )
 from mnist.distributed import World
 from mnist.run_folder import open_run_folder
+
+JOB = str(Path(__file__).parents[1] / "jobs/train.py")
 
 
 def test_baseline_is_the_original_method():
@@ -350,3 +360,55 @@ def test_derived_seeds_are_fixed_and_apart():
 def test_options_are_parsed_without_torch():
     code = "import sys, mnist.config, mnist.figures; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def on_terminal(columns, words, **environment):
+    """What a program prints on a terminal of so many columns, and its exit code."""
+    pid, master = pty.fork()
+    if pid == 0:
+        fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
+        os.environ.pop("COLUMNS", None)
+        os.environ |= {"TERM": "xterm-256color"} | environment
+        os.execv(words[0], words)
+    said = b""
+    with contextlib.suppress(OSError):  # its end
+        while part := os.read(master, 1 << 16):
+            said += part
+    return said.decode(), os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.mark.parametrize("columns", [20, 80])
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_mistake_is_one_plain_line_on_a_terminal_too(columns, encoding):
+    words = [sys.executable, JOB, "--batch-size", "many"]
+    said, code = on_terminal(columns, words, PYTHONIOENCODING=encoding)
+    assert said == "train.py: --batch-size takes a whole number, not 'many'\r\n" and code == 2
+
+
+def test_help_fits_80_columns_of_a_terminal():
+    said, code = on_terminal(80, [sys.executable, JOB, "--help"])
+    assert code == 0 and "\x1b" not in said and "--learning-rate" in said
+    assert max(map(len, said.splitlines())) <= 80
+
+
+def test_interrupted_while_it_imports_says_nothing():
+    # At any moment from the first line of the job on: here in the midst of the first import.
+    program = (
+        "import runpy, signal, sys; sys.argv = ['train.py', '--help'];"
+        "sys.meta_path.insert(0, type('Interrupts', (), {'find_spec': lambda self, name, *rest:"
+        " signal.raise_signal(signal.SIGINT) if name == 'tyro' else None})());"
+        f"runpy.run_path({JOB!r}, run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    assert done.returncode == -signal.SIGINT and done.stdout == done.stderr == b""
+
+
+def test_home_is_resolved_wherever_a_path_is_given(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.yaml").write_text("runs_dir: ~/runs\n")
+    config = parse_train_config(["--config=~/run.yaml", "--data-dir=~/data"])
+    assert (config.runs_dir, config.data_dir) == (tmp_path / "runs", tmp_path / "data")
+    assert parse_evaluate_config(["--run=~/runs/x"]).run == tmp_path / "runs/x"
+    assert parse_train_config(["--runs-dir", "a/~"]).runs_dir == Path("a/~")
+    with pytest.raises(InputError, match="--runs-dir ~nobody-of-this-name/x"):
+        parse_train_config(["--runs-dir", "~nobody-of-this-name/x"])

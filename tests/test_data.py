@@ -129,6 +129,15 @@ def point_network_at(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
 # ------------------------------------------------------------------------- nothing to fetch
 
 
+@pytest.mark.parametrize("inside", ["MNIST", "MNIST/raw", "MNIST/../MNIST"])
+def test_folder_inside_of_mnist_s_is_refused_with_the_right_one(tmp_path, data_dir, inside):
+    (tmp_path / "data").symlink_to(data_dir)
+    before = sorted(data_dir.rglob("*"))
+    with pytest.raises(InputError, match=f"inside of MNIST's: take --data-dir {data_dir}$"):
+        data.fetch_mnist(tmp_path / "data" / inside)
+    assert sorted(data_dir.rglob("*")) == before
+
+
 def test_good_files_need_no_network_and_no_writing(
     good_dir: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -310,6 +310,13 @@ def test_files_that_no_evaluation_made_stay(tmp_path, model_file, images, name):
     assert len(list((tmp_path / "out").iterdir())) == 1
 
 
+def test_missing_run_or_model_is_said_before_anything_is_fetched(tmp_path):
+    for option in ("--run", "--model"):
+        with pytest.raises(InputError, match=f"{option} .*typo: no such"):
+            run(option, tmp_path / "typo", "--data-dir", tmp_path / "data")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_nothing_is_written_into_a_checkpoint(tmp_path, model_file, images):
     np.save(tmp_path / "images.npy", images[:3])
     checkpoint = tmp_path / "run/checkpoints/step-000000012"

@@ -83,6 +83,18 @@ def test_painter_draws_in_its_own_process(tmp_path):
     assert painter._process.returncode == 0
 
 
+def test_settings_of_a_kernel_or_a_home_change_no_figure(tmp_path, monkeypatch, capfd):
+    with Painter() as painter:
+        painter.draw(draw_curves, ROWS, "title", tmp_path / "plain.png")
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfigure.dpi: 30\nnonsense: 1\n")
+    monkeypatch.setenv("MATPLOTLIBRC", str(tmp_path / "matplotlibrc"))
+    monkeypatch.setenv("MPLBACKEND", "module://of_a_kernel.that_is_not_here")
+    with Painter() as painter:
+        painter.draw(draw_curves, ROWS, "title", tmp_path / "curves.png")
+    assert capfd.readouterr().err == ""
+    assert (tmp_path / "curves.png").read_bytes() == (tmp_path / "plain.png").read_bytes()
+
+
 def test_figures_that_fail_are_a_warning(tmp_path, capfd):
     with Painter() as painter:
         painter.draw(draw_curves, [{"nonsense": 1}], "title", tmp_path / "curves.png")

@@ -30,9 +30,8 @@ def test_rows_come_back_and_epochs_are_means_over_their_images(tmp_path, capsys)
     assert read_metrics(tmp_path / "metrics.jsonl") == ROWS
     # By hand: (75·4 + 25·2) / 100 = 3.5; (75·0.2 + 25·0.6) / 100 = 0.3; 100 images in 3 + 5 s.
     assert capsys.readouterr().out.splitlines() == [
-        "epoch 1/2   training loss 3.5000, accuracy 30.00%   "
-        "validation loss 1.2500, accuracy 50.00%   12 images/s",
-        "epoch 2/2   training loss 1.0000, accuracy 100.00%   100 images/s",
+        "epoch 1/2  train 3.5000 30.00%  validation 1.2500 50.00%  12 images/s",
+        "epoch 2/2  train 1.0000 100.00%  100 images/s",
     ]
 
 

@@ -1,13 +1,16 @@
 """Runs that are interrupted, killed, started twice, or whose files are damaged."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
+import pty
 import signal
 import stat
 import subprocess
 import sys
+import termios
 import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -17,12 +20,13 @@ import psutil
 import pytest
 import stress
 import torch
+import yaml
 from fork_worlds import loader_of_first
 from safetensors.torch import load_file
 
 from mnist import run_folder, system, training
 from mnist.checkpoint import newest_checkpoint
-from mnist.config import InputError, TrainConfig, parse_evaluate_config
+from mnist.config import InputError, TrainConfig, parse_evaluate_config, to_yaml
 from mnist.data import load_mnist
 from mnist.distributed import World
 from mnist.evaluation import evaluate
@@ -171,6 +175,39 @@ def test_damaged_newest_checkpoint_costs_only_its_steps(tmp_path, data_dir, caps
     assert stress.rows(settings.run_folder) == stress.rows(alone.run_folder)
     # For whoever wants to look into it.
     assert len(list(checkpoints.glob("damaged-step-000000015-*"))) == 1
+
+
+def test_run_interrupted_before_its_first_row_is_evaluated(tmp_path, data_dir, capsys):
+    settings = config(tmp_path, data_dir)
+    interrupt(settings, 1)
+    words = f"--run {settings.run_folder} --data-dir {data_dir} --wandb disabled"
+    evaluate(parse_evaluate_config(words.split()))
+    report = read_report(settings.run_folder / "evaluation/test")
+    assert report["scored"] == 10_000 and report["model"]["step"] == 1
+    assert "metrics.jsonl is damaged: 0 of its 0 lines are rows" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["", "{}\n", "[1\n", '{"step": "x"}\n' * 9, "\0" * 2000])
+def test_damaged_rows_and_environment_do_not_stop_a_run(tmp_path, data_dir, capsys, damage):
+    expected = train(config(tmp_path / "alone", data_dir))
+    settings = config(tmp_path, data_dir)
+    interrupt(settings, 12)
+    for name in ("metrics.jsonl", "environment.json"):
+        (settings.run_folder / name).write_text(damage)
+    assert (train(settings) == expected).all()
+    assert "has lost rows" in capsys.readouterr().err
+    save_model(final_model(settings), settings.run_folder / "model.safetensors")
+    finish(settings, WORLD, Recorder(), NoMirror())
+    assert "40 steps in" in capsys.readouterr().out
+
+
+def test_rows_that_cannot_be_written_are_named_with_a_way_out(tmp_path, data_dir):
+    settings = config(tmp_path, data_dir)
+    settings.run_folder.mkdir(parents=True)
+    (settings.run_folder / "config.yaml").write_text(yaml.safe_dump(to_yaml(settings)))
+    (settings.run_folder / "metrics.jsonl").mkdir()
+    with pytest.raises(InputError, match=r"metrics.jsonl: Is a directory: .*move it away"):
+        train(settings)
 
 
 class Recorder:
@@ -461,6 +498,7 @@ LINES = {
     ("line", "number"),
     [
         ("job", signal.SIGUSR1),
+        ("job", signal.SIGHUP),
         ("scripts/train", signal.SIGINT),
         ("scripts/train of two", signal.SIGTERM),
     ],
@@ -615,6 +653,52 @@ with StopRequest() as stop:
         if stop.requested and sys.argv[1] == "obey":
             sys.exit(75)
 """
+
+
+def test_hangup_saves_unless_it_was_ignored_at_the_start(tmp_path):
+    words = [sys.executable, "-c", SIGNALLED, "obey"]
+    for ignored in (False, True):
+        process = subprocess.Popen(
+            ["nohup", *words] if ignored else words, stdout=subprocess.PIPE, cwd=tmp_path
+        )
+        process.stdout.readline()
+        process.send_signal(signal.SIGHUP)
+        if ignored:
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(1)
+            process.terminate()
+        assert process.wait(2) == 75
+
+
+GONE = """
+import os, signal, sys, time
+from mnist.system import StopRequest
+with StopRequest() as stop:
+    print("ready", flush=True)
+    while not stop.requested:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    print("said to nobody", flush=True)
+    print("nor this", file=sys.stderr, flush=True)
+    open("saved", "w").close()
+"""
+
+
+def test_terminal_that_closes_does_not_keep_a_run_from_saving(tmp_path):
+    master, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", GONE],
+        cwd=tmp_path,
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(terminal)
+    assert os.read(master, 100).strip() == b"ready"
+    os.close(master)  # the terminal is closed: the kernel sends SIGHUP, writing fails from now on
+    assert process.wait(5) == 0 and (tmp_path / "saved").exists()
 
 
 def test_signals_within_five_seconds_are_one_request_and_a_later_one_ends_at_once(tmp_path):
