@@ -16,6 +16,36 @@ ROOT = Path(__file__).parents[1]
 LOCK = (ROOT / "requirements.txt").read_text()
 # What the tiny clone installs: the installer, what builds our package, and one to look for.
 PACKAGES = ("uv", "setuptools", "iniconfig")
+# A Python whose venvs have a pip that installs what requirements.txt names into lib/packages, or
+# does what the file behave beside it says: fail half way, or hang there.
+FAKE_PYTHON = """#!/bin/bash
+venv=${0%/bin/python}
+read -r behave <BEHAVE
+case $* in
+    *version_info*) echo "MINOR BASE" ;;
+    *'import ensurepip, venv' | *' pip --version' | *'-r '*uv.txt) ;;
+    *'-m venv'*)
+        [ "$behave" != 'no venv' ] || { echo 'Error: no venv today'; exit 1; }
+        venv=${!#}
+        mkdir -p "$venv/bin" "$venv/lib"
+        ln -s BASE "$venv/bin/python"
+        echo home >"$venv/pyvenv.cfg"
+        ;;
+    *' config list') echo "$FAKE_PIP_CONFIG" ;;
+    *'import mnist'*) [ -e "$venv/lib/mnist" ] ;;
+    *'-r '*requirements.txt)
+        rm -f "$venv/lib/packages" # as installers do: they write into no file
+        [ "$behave" = works ] || echo half >"$venv/lib/packages"
+        case $behave in
+            fails) echo 'OSError: No space left on device'; exit 1 ;;
+            hangs) echo hanging >"$venv/setup.hangs"; exec sleep 100 ;;
+        esac
+        cat "${!#}" >"$venv/lib/packages"
+        ;;
+    *--editable*) echo "${!#}" >"$venv/lib/new" && mv "$venv/lib/new" "$venv/lib/mnist" ;;
+    *) exec REAL "$@" ;;
+esac
+"""
 DEAD_INDEX = {
     "PIP_CONFIG_FILE": os.devnull,
     "PIP_FIND_LINKS": "",
@@ -71,6 +101,40 @@ def installed(clone: Path) -> set[str]:
     return found
 
 
+def fake_python(folder: Path, minor: str) -> None:
+    """Makes a Python of FAKE_PYTHON."""
+    path = folder / f"python{minor}"
+    folder.mkdir(exist_ok=True)
+    (folder / "behave").write_text("works")
+    path.write_text(
+        FAKE_PYTHON.replace("MINOR", minor)
+        .replace("BASE", str(path))
+        .replace("BEHAVE", str(folder / "behave"))
+        .replace("REAL", sys._base_executable)
+    )
+    path.chmod(0o755)
+
+
+def contents(folder: Path, without: tuple[str, ...] = ()) -> dict[str, tuple]:
+    """All that is in a folder, links as links: mode, time (of what is no folder) and contents."""
+    found = {}
+    for path in sorted([folder, *folder.rglob("*")]):
+        name = str(path.relative_to(folder))
+        status = path.lstat()
+        if path.is_symlink():
+            found[name] = ("link", os.readlink(path))
+        elif path.is_dir():
+            found[name] = ("folder", status.st_mode)
+        else:
+            found[name] = (status.st_mode, status.st_mtime_ns, path.read_bytes())
+    return {name: what for name, what in found.items() if name not in without}
+
+
+def environment(clone: Path) -> dict[str, tuple]:
+    """contents of .venv, less what set-up notes beside the environment."""
+    return contents((clone / ".venv").resolve(), ("setup.log", "setup.hangs", "made-by-setup.txt"))
+
+
 @pytest.fixture
 def clone(tmp_path):
     return make_clone(tmp_path / "clone")
@@ -79,8 +143,13 @@ def clone(tmp_path):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A clone that two set-ups made which started at once, and what each of them did."""
-    clone = make_clone(tmp_path_factory.mktemp("made") / "clone")
-    first, second = start(clone), start(clone)
+    folder = tmp_path_factory.mktemp("made")
+    clone = make_clone(folder / "clone")
+    # What sends other packages of the user's elsewhere does not send these.
+    (folder / "uv").mkdir()
+    (folder / "uv" / "uv.toml").write_text(f'[pip]\ntarget = "{folder}/elsewhere"\n')
+    stray = {"XDG_CONFIG_HOME": str(folder), "PIP_TARGET": str(folder / "elsewhere")}
+    first, second = start(clone, **stray), start(clone, **stray)
     outputs = sorted((process.communicate()[0], process.returncode) for process in (first, second))
     return clone, outputs, installed(clone)
 
@@ -142,6 +211,305 @@ def test_unknown_option(clone):
     assert run.stderr == "scripts/setup: unknown option --lok (takes none, --lock or --adopt)\n"
 
 
+@pytest.fixture
+def fake(tmp_path):
+    """A folder with two Pythons, and the file behave that says what they do."""
+    folder = tmp_path / "fake"
+    for minor in ("3.98", "3.99"):
+        fake_python(folder, minor)
+    return folder
+
+
+def fake_setup(clone: Path, fake: Path, behave: str = "works", minor: str = "3.98", **more: str):
+    (fake / "behave").write_text(behave)
+    return run_setup(clone, PYTHON=str(fake / f"python{minor}"), **more)
+
+
+def add_requirement(clone: Path, name: str = "more") -> str:
+    """Changes requirements.txt; returns what it was."""
+    lock = clone / "requirements.txt"
+    before = lock.read_text()
+    lock.write_text(before + f"{name}==1.0\n")
+    return before
+
+
+def own_environment(venv: Path) -> None:
+    (venv / "bin").mkdir(parents=True)
+    (venv / "bin" / "python").symlink_to(sys.executable)
+    (venv / "pyvenv.cfg").write_text("home = /usr/bin\n")
+    (venv / "installed.txt").write_text("numpy==2.0\n")  # of pip freeze
+
+
+def own_folder(venv: Path) -> None:
+    venv.mkdir()
+    (venv / "notes.txt").write_text("mine")
+
+
+def own_file(venv: Path) -> None:
+    venv.write_text("name-of-an-environment\n")  # of some virtualenv tools
+
+
+@pytest.mark.parametrize("behind_a_link", [False, True])
+@pytest.mark.parametrize("make", [own_environment, own_folder, own_file])
+def test_what_it_did_not_make_stays(clone, tmp_path, fake, make, behind_a_link):
+    place = clone / ".venv"
+    theirs = tmp_path / "theirs" if behind_a_link else place
+    make(theirs)
+    if behind_a_link:
+        place.symlink_to(theirs)
+    before = contents(theirs)
+    for _ in range(2):
+        code, (line,) = fake_setup(clone, fake)
+        assert code == 2
+        where = f"{place} (a link to {theirs})" if behind_a_link else str(place)
+        assert line.startswith(f"{where} was not made by scripts/setup and stays as it is: move it")
+        assert ("accelerate launch" in line) == (make is own_environment)
+        assert contents(theirs) == before
+    assert place.is_symlink() == behind_a_link
+
+
+@pytest.mark.parametrize("kind", ["folder", "link to a folder", "link to nothing"])
+def test_an_empty_place_is_used(clone, tmp_path, fake, kind):
+    if kind == "folder":
+        (clone / ".venv").mkdir()
+    else:
+        (clone / ".venv").symlink_to("../elsewhere")
+    if kind == "link to a folder":
+        (tmp_path / "elsewhere" / "lost+found").mkdir(parents=True)  # a disk that is mounted there
+    code, lines = fake_setup(clone, fake)
+    assert (code, len(lines)) == (0, 2)
+    assert (clone / ".venv").is_symlink() == (kind != "folder")
+    assert (clone / ".venv" / "lib" / "packages").read_text() == (
+        clone / "requirements.txt"
+    ).read_text()
+    assert fake_setup(clone, fake) == (0, [])
+
+
+def test_a_link_that_leads_nowhere_is_one_line(clone):
+    (clone / ".venv").symlink_to(".venv")
+    code, lines = run_setup(clone)
+    assert code == 2
+    assert lines == [f"{clone}/.venv is a link that leads nowhere: remove it"]
+
+
+@pytest.mark.parametrize("outside", [False, True])
+def test_the_environment_of_another_clone_stays(clone, tmp_path, fake, outside):
+    other = make_clone(tmp_path / "other in use")
+    if outside:
+        (other / ".venv").symlink_to(tmp_path / "environment")
+    assert fake_setup(other, fake)[0] == 0
+    target = (other / ".venv").resolve()
+    (clone / ".venv").symlink_to(target)
+    before = contents(target)
+
+    add_requirement(clone)
+    adopt = [clone / "scripts" / "setup", "--adopt"]
+    for _ in range(2):
+        code, (line,) = fake_setup(clone, fake)
+        assert code == 2
+        assert line.startswith(
+            f"{clone}/.venv (a link to {target}) belongs to the clone {other}, which uses it"
+        )
+        run = subprocess.run(adopt, capture_output=True, text=True)
+        assert (run.returncode, run.stderr) == (2, f"scripts/setup: {line}\n")
+    assert contents(target) == before
+    assert fake_setup(other, fake) == (0, [])
+
+    if outside:  # left behind by a clone that is gone
+        shutil.rmtree(other)
+        code, lines = fake_setup(clone, fake)
+        assert code == 0
+        assert lines[0].startswith("making .venv")
+        assert "more" in (target / "lib" / "packages").read_text()
+
+
+@pytest.mark.parametrize("how", ["moved", "copied"])
+def test_a_moved_or_copied_clone_makes_its_own(clone, tmp_path, fake, how):
+    assert fake_setup(clone, fake)[0] == 0
+    again = tmp_path / "again"
+    if how == "moved":
+        clone.rename(again)
+    else:
+        shutil.copytree(clone, again, symlinks=True)
+    before = environment(again)
+    code, lines = fake_setup(again, fake, "fails")
+    assert code == 2
+    assert "; .venv is as it was (log: " in lines[1]
+    assert environment(again) == before
+    code, lines = fake_setup(again, fake)
+    assert code == 0
+    assert (again / ".venv" / "lib" / "mnist").read_text() == f"{again}\n"
+    assert not (again / ".venv" / ".before").exists()
+    assert fake_setup(again, fake) == (0, [])
+
+
+@pytest.mark.parametrize(
+    ("change", "behave"), [("lock", "fails"), ("Python", "fails"), ("Python", "no venv")]
+)
+def test_a_failure_leaves_what_was_there(clone, fake, path_with, change, behave):
+    no_python = path_with()
+    assert fake_setup(clone, fake)[0] == 0
+    (clone / ".venv" / "notes.txt").write_text("mine")
+    before = environment(clone)
+    lock = add_requirement(clone) if change == "lock" else (clone / "requirements.txt").read_text()
+    minor = "3.98" if change == "lock" else "3.99"
+    for _ in range(2):
+        code, lines = fake_setup(clone, fake, behave, minor)
+        assert (code, len(lines)) == (2, 2)
+        assert lines[0].startswith("updating .venv" if change == "lock" else "making .venv")
+        assert "; .venv is as it was" in lines[1]
+        assert environment(clone) == before
+    changed = (clone / "requirements.txt").read_text()
+    (clone / "requirements.txt").write_text(lock)
+    assert run_setup(clone, PATH=no_python, PYTHON="") == (0, [])
+
+    (clone / "requirements.txt").write_text(changed)
+    assert fake_setup(clone, fake, "works", minor)[0] == 0
+    assert (clone / ".venv" / "lib" / "packages").read_text() == changed
+    assert (clone / ".venv" / "notes.txt").read_text() == "mine"
+    assert not (clone / ".venv" / ".before").exists()
+    assert run_setup(clone, PATH=no_python, PYTHON="") == (0, [])
+
+
+@pytest.mark.parametrize(
+    ("number", "minor"),
+    [(signal.SIGINT, "3.98"), (signal.SIGTERM, "3.99"), (signal.SIGKILL, "3.98")],
+)
+def test_stopped_in_the_middle(clone, fake, number, minor):
+    assert fake_setup(clone, fake)[0] == 0
+    before = environment(clone)
+    lock = add_requirement(clone)
+    (fake / "behave").write_text("hangs")
+    process = start(clone, PYTHON=str(fake / f"python{minor}"))
+    while not (clone / ".venv" / "setup.hangs").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, number)
+    output, _ = process.communicate()
+    if number == signal.SIGKILL:
+        assert (clone / ".venv" / "lib" / "packages").read_text() == "half\n"
+    else:
+        assert process.returncode == 2
+        assert output.endswith("scripts/setup: stopped by a signal; .venv is as it was\n")
+        assert environment(clone) == before
+
+    # the next one tries again, and with the old lock there is nothing left to do
+    code, lines = fake_setup(clone, fake, "fails", minor)
+    assert code == 2
+    assert lines[0].startswith("updating .venv" if minor == "3.98" else "making .venv")
+    assert environment(clone) == before
+    (clone / "requirements.txt").write_text(lock)
+    assert fake_setup(clone, fake) == (0, [])
+    assert environment(clone) == before
+
+
+@pytest.mark.parametrize(("minor", "behave"), [("3.98", "works"), ("3.99", "fails")])
+def test_killed_before_any_step(clone, fake, tmp_path, minor, behave):
+    # Its steps are commands; in a PATH where the Nth of them kills the set-up and all it started.
+    steps = tmp_path / "steps"
+    steps.mkdir()
+    for tool in ("mkdir", "mktemp", "mv", "rm", "rmdir"):
+        (steps / tool).write_text(f"""#!/bin/bash
+echo {tool} >>{steps}/done
+[ "$(wc -l <{steps}/done)" -lt "$LAST" ] || kill -KILL 0
+exec {shutil.which(tool)} "$@"
+""")
+        (steps / tool).chmod(0o755)
+    assert fake_setup(clone, fake)[0] == 0
+    add_requirement(clone)
+    lock = (clone / "requirements.txt").read_text()
+    venv = clone / ".venv"
+    before = environment(clone)
+    old = shutil.copytree(venv, tmp_path / "old", symlinks=True)
+    python = str(fake / f"python{minor}")
+    path = f"{steps}:{os.environ['PATH']}"
+
+    for last in range(1, 50):
+        shutil.rmtree(venv)
+        shutil.copytree(old, venv, symlinks=True)
+        (steps / "done").unlink(missing_ok=True)
+        (fake / "behave").write_text(behave)
+        process = start(clone, PYTHON=python, PATH=path, LAST=str(last))
+        process.communicate()
+        if process.returncode != -signal.SIGKILL:
+            break
+        code, _ = fake_setup(clone, fake, "fails", minor)
+        if code == 0:  # it had been complete
+            assert behave == "works"
+            assert (venv / "lib" / "packages").read_text() == lock
+        else:
+            assert environment(clone) == before
+        assert not (venv / ".before").exists()
+    assert process.returncode == (0 if behave == "works" else 2)
+    assert last > 10
+
+
+def test_environments_of_earlier_versions(clone, fake):
+    assert fake_setup(clone, fake)[0] == 0
+    venv = clone / ".venv"
+    (venv / "made-by-setup.txt").unlink()
+    lock = add_requirement(clone)
+    before = environment(clone)
+    code, lines = fake_setup(clone, fake, "fails")
+    assert code == 2
+    assert lines[0].startswith("updating .venv")
+    assert environment(clone) == before
+
+    # They ended a failed update so, with all packages still there, and would have wiped them.
+    (clone / "requirements.txt").write_text(lock)
+    (venv / "made-by-setup.txt").unlink()
+    (venv / "installed.txt").rename(venv / "installed.txt.new")
+    before = environment(clone)
+    code, lines = fake_setup(clone, fake, "fails")
+    assert code == 2
+    assert lines[0].startswith("making .venv")
+    assert before.pop("installed.txt.new")
+    assert environment(clone) == before
+    assert fake_setup(clone, fake)[0] == 0
+
+
+def test_killed_at_first_then_made(clone, fake):
+    # the first that is written, perhaps not to its end
+    for beginning in ("", "made by scr"):
+        (clone / ".venv").mkdir()
+        (clone / ".venv" / "made-by-setup.txt").write_text(beginning)
+        (clone / ".venv" / "bin").mkdir()
+        assert fake_setup(clone, fake)[0] == 0
+        shutil.rmtree(clone / ".venv")
+
+    # What was never complete is not kept: it may be what fills the disk.
+    assert fake_setup(clone, fake, "fails")[0] == 2
+    (clone / ".venv" / "lib" / "half").touch()
+    assert fake_setup(clone, fake, "fails")[0] == 2
+    assert not (clone / ".venv" / "lib" / "half").exists()
+    assert fake_setup(clone, fake)[0] == 0
+
+
+def test_a_pip_that_installs_elsewhere_is_one_line(clone, fake):
+    code, lines = fake_setup(clone, fake, FAKE_PIP_CONFIG="global.target='/home/me/lib'")
+    assert (code, len(lines)) == (2, 2)
+    assert "sends packages elsewhere: remove global.target='/home/me/lib' (log" in lines[1]
+
+
+def test_an_adopted_environment_stays(clone, fake):
+    subprocess.run([fake / "python3.98", "-m", "venv", clone / ".venv"], check=True)
+    adopt = [clone / "scripts" / "setup", "--adopt"]
+    assert subprocess.run(adopt, check=False).returncode == 0
+    assert fake_setup(clone, fake) == (0, [])
+    lock = add_requirement(clone)
+    before = contents(clone / ".venv")
+    for minor in ("3.98", "3.99"):
+        code, (line,) = fake_setup(clone, fake, minor=minor)
+        assert code == 2
+        assert "run scripts/setup --adopt" in line
+        assert contents(clone / ".venv") == before
+    (clone / "requirements.txt").write_text(lock)
+    assert fake_setup(clone, fake) == (0, [])
+    add_requirement(clone)
+    assert subprocess.run(adopt, check=False).returncode == 0
+    assert fake_setup(clone, fake) == (0, [])
+
+
 @pytest.mark.network
 def test_two_at_once(made):
     _, outputs, found = made
@@ -150,6 +518,7 @@ def test_two_at_once(made):
     assert said.count("making .venv") == said.count("done in") == 1
     assert said.count("waiting for another set-up") == 1
     assert found == {"iniconfig", "mnist"}
+    assert not (made[0].parent / "elsewhere").exists()
 
 
 @pytest.mark.network
@@ -172,6 +541,26 @@ def test_the_same_folder_under_another_name(made, tmp_path, path_with):
     alias = tmp_path / "alias"
     alias.symlink_to(made[0])
     assert run_setup(alias, PATH=path_with(), PYTHON="") == (0, [])
+
+
+@pytest.mark.network
+def test_an_update_without_an_index_changes_nothing(made, tmp_path, path_with):
+    clone, *_ = made
+    lock = clone / "requirements.txt"
+    old, new = lock.read_text(), lock.read_text() + locked("pluggy")
+    before = environment(clone)
+    lock.write_text(new)
+    quick = {"PIP_RETRIES": "1", "UV_HTTP_RETRIES": "0", "UV_CACHE_DIR": str(tmp_path / "cache")}
+    for _ in range(2):
+        code, lines = run_setup(clone, **DEAD_INDEX, **quick)
+        assert (code, len(lines)) == (2, 2)
+        assert lines[0].startswith("updating .venv")
+        assert lines[1].startswith("the package index cannot be reached: ")
+        assert "; .venv is as it was (log: " in lines[1]
+        assert environment(clone) == before
+        assert installed(clone) == {"iniconfig", "mnist"}
+    lock.write_text(old)
+    assert run_setup(clone, PATH=path_with(), PYTHON="", **DEAD_INDEX) == (0, [])
 
 
 @pytest.mark.network
