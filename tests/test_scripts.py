@@ -441,6 +441,8 @@ exec {shutil.which(tool)} "$@"
         process.communicate()
         if process.returncode != -signal.SIGKILL:
             break
+        if (venv / "installed.txt").exists() and (venv / "bin" / "python").exists():
+            assert (venv / "lib" / "packages").exists()
         code, _ = fake_setup(clone, fake, "fails")
         if code == 0:  # it had been complete
             assert behave == "works"
