@@ -23,14 +23,13 @@ venv=${0%/bin/python}
 read -r behave <BEHAVE
 case $* in
     *version_info*) echo "MINOR BASE" ;;
-    *'import ensurepip, venv' | *' pip --version' | *'-r '*uv.txt) ;;
+    *'import fcntl'* | *'import ensurepip, venv' | *' pip --version' | *'-r '*uv.txt) ;;
     *'-m venv'*)
         [ "$behave" != 'no venv' ] || { echo 'Error: no venv today'; exit 1; }
         venv=${!#}
         [[ $* != *--clear* ]] || rm -rf "$venv"
         mkdir -p "$venv/bin" "$venv/lib"
         ln -s BASE "$venv/bin/python"
-        echo home >"$venv/pyvenv.cfg"
         ;;
     *' config list') echo "$FAKE_PIP_CONFIG" ;;
     *'import mnist'*) [ -e "$venv/lib/mnist" ] ;;
@@ -409,10 +408,10 @@ def test_stopped_in_the_middle(clone, fake, number, minor):
     assert environment(clone) == before
 
 
-@pytest.mark.parametrize(("behave", "first"), [("fails", 1), ("works", 17)])
+@pytest.mark.parametrize(("behave", "first"), [("fails", 1), ("works", 15)])
 def test_killed_before_any_step(clone, fake, tmp_path, behave, first):
     # Its steps are commands; in a PATH where the Nth of them kills the set-up and all it started.
-    # Only from the 17th does it matter whether the installer worked.
+    # Only from the 15th does it matter whether the installer worked.
     steps = tmp_path / "steps"
     steps.mkdir()
     for tool in ("mkdir", "mktemp", "mv", "rm", "rmdir"):
@@ -561,14 +560,13 @@ def test_an_update_without_an_index_changes_nothing(made, tmp_path, path_with):
     before = environment(clone)
     lock.write_text(new)
     quick = {"PIP_RETRIES": "1", "UV_HTTP_RETRIES": "0", "UV_CACHE_DIR": str(tmp_path / "cache")}
-    for _ in range(2):
-        code, lines = run_setup(clone, **DEAD_INDEX, **quick)
-        assert (code, len(lines)) == (2, 2)
-        assert lines[0].startswith("updating .venv")
-        assert lines[1].startswith("the package index cannot be reached: ")
-        assert "; .venv is as it was (log: " in lines[1]
-        assert environment(clone) == before
-        assert installed(clone) == {"iniconfig", "mnist"}
+    code, lines = run_setup(clone, **DEAD_INDEX, **quick)
+    assert (code, len(lines)) == (2, 2)
+    assert lines[0].startswith("updating .venv")
+    assert lines[1].startswith("the package index cannot be reached: ")
+    assert "; .venv is as it was (log: " in lines[1]
+    assert environment(clone) == before
+    assert installed(clone) == {"iniconfig", "mnist"}
     lock.write_text(old)
     assert run_setup(clone, PATH=path_with(), PYTHON="", **DEAD_INDEX) == (0, [])
 
