@@ -1,18 +1,19 @@
 """The one place that knows Accelerate: launch, world, device, precision and threads."""
 
 import dataclasses
-import datetime
 import gc
 import logging
 import os
 import platform
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -20,21 +21,39 @@ from typing import Any, TypeVar, cast
 import psutil
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor
 from torch import distributed as dist
-from torch.distributed.rendezvous import rendezvous
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import _get_default_store
 
 from mnist.config import EXIT_CODE_FILE, EvaluateConfig, InputError, TrainConfig, WorldError
-from mnist.system import StopRequest
+from mnist.meeting import (
+    COLLECTIVE_TIMEOUT,
+    PATIENCE_SECONDS,
+    Meeting,
+    RollCall,
+    contact,
+    open_store,
+)
+from mnist.system import StopRequest, leave, open_terminals, stop_signals
 from mnist.threads import choose, set_threads, usable_cores
 
 T = TypeVar("T")
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-_COLLECTIVE_TIMEOUT = datetime.timedelta(seconds=60)
+
+_RENDEZVOUS = "patient"  # of the launchers of several nodes
 
 _ADVICE = "several CPU processes need `scripts/train --processes N` or a line of the README"
+
+_OTHER_ENGINES = (
+    "ACCELERATE_USE_DEEPSPEED",
+    "ACCELERATE_USE_FSDP",
+    "ACCELERATE_USE_MEGATRON_LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG",
+)
 
 # Where launchers say how many processes they have started (torchrun and Accelerate; MPIs; SLURM).
 _WORLD_SIZE_VARIABLES = (
@@ -55,6 +74,7 @@ class World:
     device: torch.device = torch.device("cpu")
     precision: torch.dtype = torch.float32
     threads: int = 1
+    meeting: "Meeting | None" = None  # of a world of several
 
     @property
     def is_main(self) -> bool:
@@ -69,13 +89,13 @@ class World:
     def all_reduce(self, tensor: Tensor) -> None:
         """Replace ``tensor`` by its sum over all ranks, in place."""
         if self.size > 1:
-            with _contact():
+            with contact():
                 dist.all_reduce(tensor)
 
     def gather(self, tensor: Tensor) -> Tensor:
         """The flat tensors of all ranks, of one length, as rows."""
         gathered = tensor.new_empty(self.size * len(tensor))
-        with _contact():
+        with contact():
             dist.all_gather_into_tensor(gathered, tensor)
         return gathered.view(self.size, -1)
 
@@ -83,33 +103,54 @@ class World:
         """Wait until every rank is here."""
         self.all_reduce(torch.zeros(1, device=self.device))
 
-    def from_main(self, function: Callable[[], T]) -> T:
-        """What ``function`` returns on rank 0; its InputError is raised on every rank."""
+    @contextmanager
+    def preparing(self) -> Iterator[None]:
+        """Around what takes each rank a time of its own; at its end, wait until every rank is here.
+
+        That wait may take ten minutes, and says for whom; in a collective nobody waits longer than
+        one. A process that is asked to stop meanwhile has nothing to save, and ends.
+
+        Raises:
+            WorldError: a rank is gone, or does not come.
+            SystemExit: with 75: the process was asked to stop.
+        """
+        if self.meeting is None:
+            yield
+            return
+        with self.meeting.ended_by_request():
+            yield
+            self.meeting.wait()
+
+    def from_main(self, function: Callable[[], T], prepares: bool = False) -> T:
+        """What ``function`` returns on rank 0; its InputError is raised on every rank. If it
+        ``prepares``, the others wait for minutes, else one."""
         result: list[T | InputError | None] = [None]
-        if self.is_main:
-            try:
-                result = [function()]
-            except InputError as error:
-                result = [error]
+        with self.preparing() if prepares else nullcontext():
+            if self.is_main:
+                try:
+                    result = [function()]
+                except InputError as error:
+                    result = [error]
         if self.size > 1:
-            with _contact():
+            with contact():
                 dist.broadcast_object_list(result)
         if isinstance(result[0], InputError):
             raise result[0]
         return cast(T, result[0])
 
-    def from_all(self, function: Callable[[], T]) -> list[T]:
+    def from_all(self, function: Callable[[], T], prepares: bool = False) -> list[T]:
         """What ``function`` returns on each rank, by rank; the InputError of any rank is raised
-        on all."""
+        on all. If it ``prepares``, ranks may need minutes for it, else one."""
         result: T | InputError
-        try:
-            result = function()
-        except InputError as error:
-            result = error
+        with self.preparing() if prepares else nullcontext():
+            try:
+                result = function()
+            except InputError as error:
+                result = error
         results: list[T | InputError | None] = [result]
         if self.size > 1:
             results = [None] * self.size
-            with _contact():
+            with contact():
                 dist.all_gather_object(results, result)
         for result in cast(list[T | InputError], results):
             if isinstance(result, InputError):
@@ -117,23 +158,17 @@ class World:
         return cast(list[T], results)
 
 
-@contextmanager
-def _contact() -> Iterator[None]:
-    """Turn what a collective raises into one line."""
-    try:
-        yield
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise WorldError(
-            f"another process is gone ({reason}); the same command again goes on from what is saved"
-        ) from None
-
-
-def connect(config: TrainConfig | EvaluateConfig) -> World:
+def connect(config: TrainConfig | EvaluateConfig, stop: StopRequest | None = None) -> World:
     """Form the world that the launcher laid out and settle device, precision and threads.
+
+    Args:
+        config: the settings.
+        stop: what ends a process that waits for others before all of them work. Until this
+            returns, that is left to signals themselves.
 
     Raises:
         InputError: the world is not the one asked for, or fp16 without a GPU.
+        WorldError: a process did not come, or is gone.
     """
     if not gc.isenabled():
         # A job imports without garbage collection; what imports made need not be traversed again.
@@ -146,53 +181,104 @@ def connect(config: TrainConfig | EvaluateConfig) -> World:
     if threads < wanted:
         lines.append(f"OpenMP gives {threads} of {wanted} threads here")
     os.environ["OMP_NUM_THREADS"] = str(threads)  # unset, Accelerate warns of it
+    # Without `cpu`, several CPU processes silently form as many worlds of one.
+    cpu = not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
+    store = _meet(cpu, config.expect_world_size)
+    lines += _leave_other_engines()
     try:
-        _meet_after_restart()
         accelerator = Accelerator(
-            # Without `cpu`, several CPU processes silently form as many worlds of one.
-            cpu=not torch.accelerator.is_available(),
+            cpu=cpu,
             mixed_precision="no",  # step.py has its own, in the precision settled below
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=_COLLECTIVE_TIMEOUT)],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)],
         )
-    except (ValueError, dist.DistError) as error:
-        told = {name: os.environ.get(name) for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR")}
-        shown = " ".join(f"{name}={value}" for name, value in told.items())
-        reason = str(error).splitlines()[0]
-        raise InputError(f"no world forms from {shown}: {reason}; {_ADVICE}") from None
-    _check_world_size(accelerator.num_processes, config.expect_world_size)
+    except ValueError as error:
+        raise InputError(_no_world(error, _ADVICE)) from None
+    except dist.DistError as error:
+        raise WorldError(_no_world(error)) from None
+    size = accelerator.num_processes
+    _check_world_size(size, config.expect_world_size)
     rank = _environment_number("RANK", accelerator.process_index, least=0)
     if rank != accelerator.process_index:
         raise InputError(f"RANK={rank}, but this is process {accelerator.process_index}; {_ADVICE}")
-    world = World(
-        rank=rank, size=accelerator.num_processes, device=accelerator.device, threads=threads
-    )
+    meeting = None
+    if size > 1:
+        with contact():
+            meeting = Meeting(rank, size, store or _get_default_store(), stop)
+    world = World(rank=rank, size=size, device=accelerator.device, threads=threads, meeting=meeting)
     for line in lines if world.is_main else ():
         print(f"warning: {line}", file=sys.stderr, flush=True)
     # One for all: machines may differ in what they multiply natively.
-    precision = world.from_main(lambda: _precision(config.precision, world.device))
+    precision = world.from_main(lambda: _precision(config.precision, world.device), prepares=True)
     return dataclasses.replace(world, precision=PRECISIONS[precision])
 
 
-def _meet_after_restart() -> None:
-    """Form the group of processes that a launcher of torch's has started again.
+def _leave_other_engines() -> list[str]:
+    """Take out of the environment what a launcher configured for other programs says; a line for
+    each. The step is this project's own, and data parallel."""
+    names = [name for name in _OTHER_ENGINES if os.environ.get(name, "false").lower() != "false"]
+    return [
+        f"{name}={os.environ.pop(name)} is not for this job, which is data parallel"
+        for name in names
+    ]
 
-    The launcher hands them the store of those that have gone, with the addresses of these: whoever
-    reads one before its successor has written its own would call a dead process. (On several
-    machines the launchers may count restarts differently, so that there it is left to torch.)
+
+def _meet(cpu: bool, expected_size: int | None) -> Store | None:
+    """Wait until all processes of the launcher are here, then form the group that Accelerate would.
+
+    Accelerate has one timeout for both, and what waits there hears no signal. And a launcher of
+    torch's that starts processes again hands them the store of those that have gone, with their
+    addresses: whoever reads one before its successor has written its own would call a dead process.
+
+    Returns:
+        The store, or None where Accelerate is to form the world: without what says where to meet;
+        and after restarts on several machines, whose launchers may count them differently.
     """
+    size = _environment_number("WORLD_SIZE", 1)
+    host = os.environ.get("MASTER_ADDR", "")
+    told = host and os.environ.get("RANK") and (cpu or os.environ.get("LOCAL_RANK"))
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     one_machine = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
-    if restarts == "0" or not one_machine or _environment_number("WORLD_SIZE", 1) == 1:
-        return
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    store, rank, size = next(rendezvous("env://", timeout=_COLLECTIVE_TIMEOUT))
-    dist.init_process_group(
-        dist.get_default_backend_for_device(device),
-        store=dist.PrefixStore(f"restart {restarts}", store),  # type: ignore[attr-defined]
-        rank=rank,
-        world_size=size,
-        timeout=_COLLECTIVE_TIMEOUT,
-    )
+    if size == 1 or not told or dist.is_initialized() or (restarts != "0" and not one_machine):
+        return None
+    _check_world_size(size, expected_size)
+    rank = _environment_number("RANK", 0, least=0)
+    port = _environment_number("MASTER_PORT", 29500)  # without one, Accelerate takes this
+    os.environ["MASTER_PORT"] = str(port)
+    if rank >= size or port > 65535:
+        raise InputError(_no_world("there is no such rank or port", _ADVICE))
+    launcher_serves = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    serves = rank == 0 and not launcher_serves
+    opens = partial(open_store, host, port, size, serves)
+    roll = RollCall(f"start {restarts}", "rank", rank, size, f"{host}:{port}", opens)
+    try:
+        roll.wait()
+    except (OSError, dist.DistError) as error:
+        if isinstance(error, socket.gaierror) or "EADDRINUSE" in str(error):
+            raise InputError(_no_world(error, _ADVICE)) from None
+        raise WorldError(_no_world(error)) from None
+    assert roll.store is not None
+    store = PrefixStore(f"start {restarts}", roll.store)
+    device = "cpu" if cpu else cast(torch.device, torch.accelerator.current_accelerator())
+    with contact():
+        dist.init_process_group(
+            dist.get_default_backend_for_device(device),
+            store=store,
+            rank=rank,
+            world_size=size,
+            timeout=COLLECTIVE_TIMEOUT,
+        )
+    return store
+
+
+def _no_world(reason: object, advice: str | None = None) -> str:
+    names = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
+    told = " ".join(f"{name}={os.environ.get(name)}" for name in names)
+    why = f"no world forms from {told}: {_first_line(reason)}"
+    return why if advice is None else f"{why}; {advice}"
+
+
+def _first_line(error: object) -> str:
+    return str(error).splitlines()[0]
 
 
 def _environment_number(name: str, default: int, least: int = 1) -> int:
@@ -250,7 +336,10 @@ def _processes_asked_of_accelerate() -> int:
     file = value("config_file") or config_args.default_config_file
     if not Path(file).is_file():
         return 1
-    return int(config_args.load_config_from_file(file).num_processes or 1)
+    try:
+        return int(config_args.load_config_from_file(file).num_processes or 1)
+    except (AttributeError, TypeError, ValueError):  # of other machines, or of another version
+        return 1
 
 
 def _precision(setting: str, device: torch.device) -> str:
@@ -331,12 +420,16 @@ def launch(
 
     Returns:
         The exit code of the job itself, which Accelerate turns into a 1 and a traceback.
+
+    Raises:
+        WorldError: the launchers of several nodes do not meet.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     logging.disable()  # the launchers' own lines; the job's are its own process's
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # traces, where a store has gone
     processes = processes or max(1, torch.accelerator.device_count())
     machines = _environment_number("SLURM_STEP_NUM_NODES", 1) if rendezvous else 1
     topology = ["--num_processes", str(processes), "--num_machines", str(machines)]
@@ -345,32 +438,98 @@ def launch(
         address, _, port = (rendezvous or ":0").rpartition(":")
         topology += ["--multi_gpu", "--main_process_port", port]
         if machines > 1:
-            topology += ["--main_process_ip", address, "--machine_rank", os.environ["SLURM_NODEID"]]
+            _register_rendezvous()
+            node = str(_environment_number("SLURM_NODEID", 0, least=0))
+            topology += ["--main_process_ip", address, "--machine_rank", node]
+            topology += ["--rdzv_backend", _RENDEZVOUS, "--rdzv_conf", f"rank={node}"]
     # Before the user's own, which wins.
     job = [script, "--expect-world-size", str(processes), *arguments]
-    for number in StopRequest.SIGNALS:
-        signal.signal(number, _pass_on)
-    with tempfile.NamedTemporaryFile() as aside:
-        code_file = Path(os.environ.setdefault(EXIT_CODE_FILE, aside.name))
+    asked = False
+    terminals = open_terminals()
+
+    def stop(number: int, frame: object) -> None:
+        nonlocal asked
+        if number == signal.SIGHUP:
+            leave(terminals)
+        children = psutil.Process().children()
+        if not children:
+            os._exit(128 + number)
+        torch_tells = processes > 1 and number != signal.SIGUSR1 and not asked
+        for child in children:  # they save, and their end is the launcher's
+            with suppress(psutil.NoSuchProcess):
+                if not torch_tells:
+                    child.send_signal(number)
+                child.send_signal(signal.SIGCONT)  # one that is stopped hears nothing else
+        if torch_tells:
+            asked = True
+            raise SignalException("", signal.Signals(number))  # torch tells them, and waits
+
+    for number in stop_signals():
+        signal.signal(number, stop)
+    with tempfile.TemporaryDirectory() as aside:
+        # The user's own file may be for DeepSpeed, TPUs or SageMaker, or of another version.
+        plain = Path(aside) / "accelerate.yaml"
+        plain.write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\n")
+        own_code_file = Path(aside) / "code"
+        own_code_file.touch()
+        code_file = Path(os.environ.setdefault(EXIT_CODE_FILE, str(own_code_file)))
+        topology += ["--config_file", str(plain)]
+        options = launch_command_parser().parse_args([*topology, *job])
+        # Torch's handlers would replace these, and not wake up a worker that is stopped.
+        options.signals_to_handle = "SIGQUIT"
         try:
-            launch_command(launch_command_parser().parse_args([*topology, *job]))
+            launch_command(options)
         except subprocess.CalledProcessError as error:
             return _shell_code(error.returncode)
         except ChildFailedError as error:
             return _shell_code(error.get_first_failure()[1].exitcode)
         except SignalException as error:  # the workers were given time to end
             return int(code_file.read_text() or 128 + error.sigval)
+        except ConnectionError as error:
+            if error.errno is not None:
+                raise
+            raise WorldError(f"port {port} of this machine is in use by another program") from None
+        finally:
+            if code_file == own_code_file:
+                del os.environ[EXIT_CODE_FILE]
     return 0
 
 
-def _pass_on(number: int, frame: object) -> None:
-    """To the job's processes: they save, and their end is the launcher's."""
-    children = psutil.Process().children()
-    if not children:
-        os._exit(128 + number)
-    for child in children:
-        with suppress(psutil.NoSuchProcess):
-            child.send_signal(number)
+def _register_rendezvous() -> None:
+    """Have the launchers of several nodes meet as torch's "static" ones do, but for minutes, saying
+    for whom they wait, and heeding signals."""
+    from torch.distributed.elastic.rendezvous import (
+        RendezvousInfo,
+        RendezvousParameters,
+        rendezvous_handler_registry,
+    )
+    from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
+
+    class Rendezvous(StaticTCPRendezvous):
+        def get_backend(self) -> str:
+            return _RENDEZVOUS
+
+        def next_rendezvous(self) -> RendezvousInfo:
+            if self._store is None:
+                host, port, size = self.master_addr, self.master_port, self.world_size
+                opens = partial(open_store, host, port, size, self.rank == 0)
+                roll = RollCall("nodes", "node", self.rank, size, f"{host}:{port}", opens)
+                try:
+                    roll.wait()
+                except (OSError, dist.DistError) as error:
+                    reason = _first_line(error)
+                    raise WorldError(f"no launchers meet at {host}:{port}: {reason}") from None
+                self._store = roll.store
+            return super().next_rendezvous()
+
+    def create(parameters: RendezvousParameters) -> Rendezvous:
+        host, _, port = parameters.endpoint.rpartition(":")
+        rank = parameters.get_as_int("rank")
+        assert rank is not None
+        timeout = int(PATIENCE_SECONDS)
+        return Rendezvous(host, int(port), rank, parameters.max_nodes, parameters.run_id, timeout)
+
+    rendezvous_handler_registry.register(_RENDEZVOUS, create)
 
 
 def _shell_code(code: int) -> int:

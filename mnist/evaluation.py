@@ -83,14 +83,14 @@ def evaluate(config: EvaluateConfig) -> None:
     if config.images is None:
         fetch_mnist(config.data_dir)  # before processes wait for each other
     world = connect(config)
-    weights = world.from_main(lambda: find_weights(config))
+    weights = world.from_main(lambda: find_weights(config), prepares=True)
     opened: list[tuple[MLP, Inputs]] = []
 
     def load() -> int:
         opened.append((load_model(weights.path), open_inputs(config, weights)))
         return len(opened[0][1])
 
-    sizes = world.from_all(load)
+    sizes = world.from_all(load, prepares=True)
     model, inputs = opened[0]
     if len(set(sizes)) > 1:
         raise InputError(f"{inputs.images_path}: its {sizes} images differ between processes")
@@ -99,7 +99,7 @@ def evaluate(config: EvaluateConfig) -> None:
     named = config.output_dir is not None
     wanted = config.output_dir or _place_by_name(config, weights)
     place = partial(find_place, wanted, inputs.images_path, inputs.split, named=named)
-    output = world.from_main(place)
+    output = world.from_main(place, prepares=True)
     write_evaluation(model, weights, inputs, output, world, config.batch_size)
     if world.is_main:
         report = json.loads((output / "report.json").read_text())
@@ -264,7 +264,7 @@ def score(
     rounds = math.ceil(math.ceil(batches / world.size) / _ROUND_BATCHES)  # of the largest share
     scorer = _Scorer(model.to(world.device, world.precision), inputs, world, part)
     with scorer, _progress(len(inputs), world.is_main) as show:
-        world.from_all(scorer.open)
+        world.from_all(scorer.open, prepares=True)
         for turn in range(rounds):
 
             def work(numbers: range = share[turn * _ROUND_BATCHES :][:_ROUND_BATCHES]) -> int:
@@ -273,7 +273,7 @@ def score(
                     scorer.score(start, min(start + batch_size, len(inputs)))
                 return scorer.images
 
-            show(sum(world.from_all(work)))
+            show(sum(world.from_all(work, prepares=turn == 0)))
         world.from_all(scorer.close)
     scores = scorer.together()
     scored = int(scores.tally.predicted.sum())

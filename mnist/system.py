@@ -68,8 +68,7 @@ class StopRequest:
         self._wakeup = signal.set_wakeup_fd(self._writer)
         # What Python calls may do nothing: only with a handler does the signal reach the pipe.
         self._handlers = {number: signal.signal(number, _ignore) for number in stop_signals()}
-        terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
-        watch = partial(self._watch, reader, os.getppid(), terminals)
+        watch = partial(self._watch, reader, os.getppid(), open_terminals())
         threading.Thread(target=watch, daemon=True).start()
         return self
 
@@ -85,7 +84,7 @@ class StopRequest:
             now = time.monotonic()
             first = first or now
             if received[0] == signal.SIGHUP:
-                _leave(terminals)
+                leave(terminals)
             self.requested = True
             if os.getppid() != parent:
                 threading.Timer(4, os._exit, (128 + received[0],)).start()
@@ -101,7 +100,12 @@ def stop_signals() -> list[signal.Signals]:
     return [n for n in numbers if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
 
 
-def _leave(terminals: list[int]) -> None:
+def open_terminals() -> list[int]:
+    """The descriptors of output that is shown on a terminal."""
+    return [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+
+
+def leave(terminals: list[int]) -> None:
     """Write to nowhere what would go to a terminal that has gone, on which writing is an error."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for descriptor in terminals:

@@ -88,10 +88,11 @@ def train(config: TrainConfig, painter: Painter | None, mirror: NoMirror) -> Non
     """
     refuse_other_run(config)
     fetch_mnist(config.data_dir)  # before processes wait for each other
-    world = connect(config)
-    with StopRequest() as stop, ExitStack() as stack:
+    stop = StopRequest()
+    world = connect(config, stop)
+    with stop, ExitStack() as stack:
         die_with_launcher(by=signal.SIGTERM)  # from now on there may be work to save
-        start = world.from_main(lambda: open_run_folder(config, world, stack))
+        start = world.from_main(lambda: open_run_folder(config, world, stack), prepares=True)
         if start.complete:
             if world.is_main:
                 print(f"{config.run_folder} is complete")
@@ -230,32 +231,33 @@ def fit(
     start, stop, mirror = start or Start(), stop or StopRequest(), mirror or NoMirror()
     if start.precision is not None:
         world = dataclasses.replace(world, precision=PRECISIONS[start.precision])
-    training, validation = load_training_data(config, world)
-    plan = Plan(len(training), config)
-    batches = GlobalBatches(
-        size=len(training),
-        batch_size=config.batch_size,
-        seed=config.seed,
-        rank=world.rank,
-        world_size=world.size,
-        start_step=start.step,
-        stop_step=plan.steps,
-    )
-    learner = Learner(MLP(config.hidden_sizes).initialise(config.seed), config, world)
-    if start.checkpoint is not None:
-        load_checkpoint(learner, start.checkpoint)
-    distort = Distortion(config, world.device) if config.distorts else None
     look_every = 1 if world.device.type == "cpu" else _GPU_STEPS_BETWEEN_LOOKS
     interrupted = False
     with ExitStack() as stack:
-        tracker: Tracker = NoTracker()
-        saver: Saver | None = None
-        if world.is_main:
-            metrics = config.run_folder / "metrics.jsonl"
-            tracker = stack.enter_context(
-                Tracker(metrics, config.epochs, plan.steps, start.step, start.metrics_bytes)
+        with world.preparing():
+            training, validation = load_training_data(config, world)
+            plan = Plan(len(training), config)
+            batches = GlobalBatches(
+                size=len(training),
+                batch_size=config.batch_size,
+                seed=config.seed,
+                rank=world.rank,
+                world_size=world.size,
+                start_step=start.step,
+                stop_step=plan.steps,
             )
-            saver = stack.enter_context(Saver(checkpoints_of(config), config.keep_checkpoints))
+            learner = Learner(MLP(config.hidden_sizes).initialise(config.seed), config, world)
+            if start.checkpoint is not None:
+                load_checkpoint(learner, start.checkpoint)
+            distort = Distortion(config, world.device) if config.distorts else None
+            tracker: Tracker = NoTracker()
+            saver: Saver | None = None
+            if world.is_main:
+                metrics = config.run_folder / "metrics.jsonl"
+                tracker = stack.enter_context(
+                    Tracker(metrics, config.epochs, plan.steps, start.step, start.metrics_bytes)
+                )
+                saver = stack.enter_context(Saver(checkpoints_of(config), config.keep_checkpoints))
         interval = Interval(plan, start)
         for step, (images, labels) in enumerate(load_batches(training, batches), start.step + 1):
             rate, batch_size = plan.learning_rate(step), plan.batch_size(step)
