@@ -13,20 +13,37 @@ from typing import Any
 
 from filelock import FileLock
 
-from mnist.config import exit_codes
+from mnist.config import InputError, exit_codes
 from mnist.metrics import read_metrics
 from mnist.report import report_of_run
 from mnist.system import write_file
+
+
+_NUMBER = re.compile(r"[0-9]{1,9}")
 
 
 def summarise(folder: Path) -> dict[str, Any]:
     """The settings of complete runs, by validation accuracy after the last step, and the rest.
 
     Test accuracies are of one setting's seeds alone: among several, nobody shall choose by them.
+
+    Raises:
+        InputError: there is no sweep.
     """
-    tasks = folder / ".tasks"  # a file per task: its run's name and, at its end, its exit code
-    started = [path.read_text().split() for path in sorted(tasks.glob("[0-9]*"))]
-    complete = [name for name, *_ in started if (folder / name / "model.safetensors").exists()]
+    records, count, certain = _read_tasks(folder / ".tasks")
+    finished = {path.parent.name for path in folder.glob("*/model.safetensors")}
+    # Records may be lost, but not runs that --fresh has moved aside, to NAME.1, taken for others.
+    aside = {name for name in finished if name.rpartition(".")[0] in finished | records.keys()}
+    lost = {name for name in finished - records.keys() - aside if "=" in name}
+    names = [*records, *sorted(lost)]
+    if not names and not count:
+        raise InputError(f"{folder}: no sweep, as neither .tasks nor a complete run is in there")
+    complete = [name for name in names if name in finished]
+    incomplete = [
+        {"run": name, "code": int(record) if _NUMBER.fullmatch(record) else None}
+        for name, record in records.items()
+        if name not in finished and (record or (folder / name).exists())
+    ]
     groups: dict[str, list[Path]] = {}
     for name in complete:
         groups.setdefault(re.sub(r"\bseed=\d+", "", name).strip("+"), []).append(folder / name)
@@ -40,19 +57,50 @@ def summarise(folder: Path) -> dict[str, Any]:
         for settings, runs in groups.items()
     ]
     ranking.sort(key=lambda row: -(row["validation_accuracy"] or {"mean": 0})["mean"])
-    count = int((tasks / "count").read_text())
+    tasks = max(count, len(names))
     return {
-        "sweep": folder.name,
-        "tasks": count,
+        "sweep": folder.resolve().name,
+        "tasks": tasks,
         "complete": len(complete),
         "ranking": ranking,
-        "incomplete": [
-            {"run": name, "code": int(code[0]) if code else None}
-            for name, *code in started
-            if name not in complete
-        ],
-        "not_started": count - len(started),
+        "incomplete": incomplete,
+        "not_started": tasks - len(complete) - len(incomplete),
+        "tasks_certain": certain,
     }
+
+
+def _read_tasks(tasks: Path) -> tuple[dict[str, str], int, bool]:
+    """What is recorded of each run, by name; how many there are at least; whether that is certain.
+
+    slurm/sweep.sbatch leaves a file per run: empty before its start, "started", then its exit code.
+    Once it left a file per task of the array, with the run's name and at its end the code, and the
+    number of tasks in ``count``. Whatever is damaged there counts as much as it still tells.
+    """
+    records = {}
+    numbered = sorted(tasks.glob("[0-9]*"), key=lambda path: (len(path.name), path.name))
+    for path in numbered:
+        name, _, code = _read(path).partition(" ")
+        if re.fullmatch(r"\w[\w.=+-]*", name):
+            records[name] = code or "started"
+    for path in sorted(tasks.glob("*=*"), key=_natural):
+        records[path.name] = _read(path)
+    count = _read(tasks / "count")
+    known = int(count) if _NUMBER.fullmatch(count) else 0
+    return records, max(known, len(numbered)), known > 0 or bool(records and not numbered)
+
+
+def _natural(path: Path) -> list[Any]:
+    """To sort seed=10 after seed=9."""
+    parts = re.split(r"([0-9]+)", path.name)
+    return [int(part) if number % 2 else part for number, part in enumerate(parts)]
+
+
+def _read(path: Path) -> str:
+    """A small file's text without space around it; none where it cannot be read."""
+    try:
+        return path.read_text(errors="replace").strip()
+    except OSError:
+        return ""
 
 
 def _validation_accuracy(run: Path) -> float | None:
@@ -98,6 +146,8 @@ def table(summary: dict[str, Any]) -> str:
         lines.append(f"not complete: {run['run']}, {ended}")
     if summary["not_started"]:
         lines.append(f"not started: {summary['not_started']}")
+    if not summary["tasks_certain"]:
+        lines.append("there may be more: how many tasks it has is lost")
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -113,9 +163,16 @@ def _shown(accuracy: dict[str, Any] | None) -> str:
 
 if __name__ == "__main__":
     with exit_codes("sweep"):
+        if len(sys.argv) != 2:
+            raise InputError("takes the folder of a sweep, and nothing else")
         sweep = Path(sys.argv[1])
-        with FileLock(sweep / ".lock"):  # tasks may end at the same moment
-            summary = summarise(sweep)
-            write_file(sweep / "summary.json", json.dumps(summary, indent=2) + "\n")
-            write_file(sweep / "summary.txt", table(summary))
+        if not sweep.is_dir():
+            raise InputError(f"{sweep}: no such folder")
+        try:
+            with FileLock(sweep / ".lock"):  # tasks may end at the same moment
+                summary = summarise(sweep)
+                write_file(sweep / "summary.json", json.dumps(summary, indent=2) + "\n")
+                write_file(sweep / "summary.txt", table(summary))
+        except OSError as error:
+            raise InputError(f"{error.filename or sweep}: {error.strerror}") from None
         print(f"\n{table(summary)}", end="")

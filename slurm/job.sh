@@ -1,25 +1,42 @@
 #!/usr/bin/env bash
 # What the jobs of this folder share; each sources it with its clone in $root.
 
+say() { printf '%(%T)T %s: %s\n' -1 "${SLURM_JOB_NAME:-slurm/pipeline.sh}" "$*" >&2; }
+fail() {
+    say "$*"
+    exit 2
+}
+
 : "${root:?}"
 # shellcheck source=slurm/site.sh
 source "$root/slurm/site.sh"
 if [ -n "$MNIST_PROFILE" ]; then
+    [ -r "$MNIST_PROFILE" ] || fail "MNIST_PROFILE: no file $MNIST_PROFILE that can be read"
     set +u # such files seldom pass
     # shellcheck disable=SC1090
     source "$MNIST_PROFILE"
     set -u
 fi
-export MNIST_DATA_DIR PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+[[ $root != *:* ]] ||
+    fail "Python finds nothing below $root, for its colon: give a link without one as MNIST_ROOT"
+export MNIST_DATA_DIR PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 # Torch warns where an address has no name.
 export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
-read -ra python <<<"$MNIST_PYTHON"
+if [ -z "$MNIST_PYTHON" ]; then
+    python=("$root/.venv/bin/python")
+elif [ -f "$MNIST_PYTHON" ]; then # one word, whatever is in it
+    python=("$MNIST_PYTHON")
+else # xargs knows a shell's quotes, and expands nothing
+    words=$(xargs -r printf '%s\n' <<<"$MNIST_PYTHON" 2>&1) || fail "MNIST_PYTHON: $words"
+    mapfile -t python <<<"$words"
+fi
+command -v "${python[0]}" >/dev/null ||
+    fail "no command ${python[0]}: run scripts/setup in the clone, or name a Python in MNIST_PYTHON, \
+words with spaces in quotes"
 
 # A task of an array may be started again under another $SLURM_JOB_ID.
 job_id=${SLURM_JOB_ID:-} # none in pipeline.sh
 [ -z "${SLURM_ARRAY_JOB_ID:-}" ] || job_id=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
-
-say() { printf '%(%T)T %s: %s\n' -1 "$SLURM_JOB_NAME" "$*" >&2; }
 
 # Nothing waits in a trap, and $(…) in one would crash this shell. Told SIGTERM, srun kills; told
 # SIGUSR1, it passes that on to all processes of the step.
@@ -48,7 +65,7 @@ run_job() {
     node_processes=$((${SLURM_GPUS_ON_NODE:-0} > 0 ? SLURM_GPUS_ON_NODE : 1))
     processes=$((SLURM_NNODES * node_processes))
     threads=$((SLURM_CPUS_ON_NODE > node_processes ? SLURM_CPUS_ON_NODE / node_processes : 1))
-    mkdir -p "$MNIST_RUNS_DIR/.slurm"
+    mkdir -p -- "$MNIST_RUNS_DIR/.slurm"
     : >"$state.code"
     export MNIST_EXIT_CODE_FILE=$state.code
     say "$processes process(es) on $SLURM_JOB_NODELIST, start $((${SLURM_RESTART_COUNT:-0} + 1))"

@@ -11,20 +11,21 @@ root=${MNIST_ROOT:-$(CDPATH='' cd -- "$(dirname -- "$(readlink -f "${BASH_SOURCE
 source "$root/slurm/job.sh"
 
 cluster=()
-if [[ " $* " = *' -- '* ]]; then
-    while [ "$1" != -- ]; do
-        cluster+=("$1")
-        shift
-    done
-    shift
-fi
+for ((i = 1; i <= $#; i++)); do
+    if [ "${!i}" = -- ]; then
+        cluster=("${@:1:i-1}")
+        shift "$i"
+        break
+    fi
+done
 set -- --evaluate none --runs-dir "$MNIST_RUNS_DIR" "$@"
 # Before anything is submitted: a mistake in the options, and where the run will be.
 run=$("${python[@]}" -P - "$@" <<'END'
-import sys
+import os, sys
 from mnist.config import exit_codes, parse_train_config
 with exit_codes("train.py"):
-    print(parse_train_config(sys.argv[1:]).run_folder)
+    run = parse_train_config(sys.argv[1:]).run_folder
+    sys.stdout.buffer.write(os.fsencode(run))  # its bytes, whatever the locale
 END
 )
 submit() { sbatch --parsable ${cluster[@]+"${cluster[@]}"} "$@"; }

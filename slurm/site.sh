@@ -7,9 +7,10 @@
 # A file to source first, e.g. with `module load cuda`; none by default.
 : "${MNIST_PROFILE:=}"
 
-# A Python with what requirements.txt lists, on every node, in as many words as it takes, e.g.
-# `apptainer exec --nv /shared/mnist.sif python`. By default the one that scripts/setup makes.
-: "${MNIST_PYTHON:=$root/.venv/bin/python}"
+# A Python with what requirements.txt lists, on every node: a path, or a command in as many words as
+# it takes, e.g. 'apptainer exec --nv "/shared/my images/mnist.sif" python', quoted as in a shell. By
+# default the one that scripts/setup makes.
+: "${MNIST_PYTHON:=}"
 
 # On storage that all nodes share; relative to where sbatch is called, as all paths are.
 : "${MNIST_RUNS_DIR:=runs}"

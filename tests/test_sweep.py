@@ -104,3 +104,62 @@ def test_an_accuracy_that_is_not_the_final_models_is_left_out(tmp_path):
     make_tasks(tmp_path, *(f"seed={seed} 0" for seed in range(3)))
     [row] = summarise(tmp_path)["ranking"]
     assert row["test_accuracy"]["of_each"] == [0.97, None, None]
+
+
+def summarise_folder(folder):
+    """As slurm/sweep.sbatch does; what it printed."""
+    command = [sys.executable, "-m", "mnist.sweep", folder]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return done.stdout
+
+
+def test_records_of_runs_are_counted_by_what_they_tell(tmp_path):
+    """As slurm/sweep.sbatch leaves them: two complete, one that runs, one that failed, two not
+    started, and one of a folder whose record the disk had no room for."""
+    for seed in (0, 10):
+        make_run(tmp_path, f"seed={seed}", 0.9, 0.97)
+    (tmp_path / "seed=6").mkdir()
+    (tmp_path / ".tasks").mkdir()
+    records = {0: "0\n", 10: "started\n", 2: "started\n", 3: "2\n", 4: "", 5: "", 6: ""}
+    for seed, record in records.items():
+        (tmp_path / f".tasks/seed={seed}").write_text(record)
+    summary = summarise(tmp_path)
+    assert summary["tasks"] == 7 and summary["complete"] == 2 and summary["not_started"] == 2
+    codes = {run["run"]: run["code"] for run in summary["incomplete"]}
+    assert codes == {"seed=2": None, "seed=3": 2, "seed=6": None}
+    assert summary["ranking"][0]["runs"] == ["seed=0", "seed=10"]
+    assert "there may be more" not in table(summary)
+
+
+@pytest.mark.parametrize("count", [None, "", "1\n", "-4", "five", "\udce9", "9" * 5000, "1\n5\n"])
+def test_folder_of_an_earlier_version_never_counts_below_what_is_there(tmp_path, count):
+    for seed in range(4):
+        make_run(tmp_path, f"seed={seed}", 0.9, 0.97)
+    make_tasks(tmp_path, "seed=0 0", "seed=1 0", "", "\0 damaged", "seed=4")
+    (tmp_path / ".tasks/count").unlink()
+    if count is not None:
+        (tmp_path / ".tasks/count").write_text(count, errors="surrogateescape")
+    shown = summarise_folder(tmp_path)
+    assert "4 of 5 runs complete" in shown and "seed=4, running or lost" in shown
+    assert "not started" not in shown
+    assert ("there may be more" in shown) == (count != "1\n")
+
+
+def test_tasks_that_had_other_runs_before_hide_none(tmp_path):
+    for name in ("seed=0", "seed=0.1", "momentum=0.5+seed=0"):
+        make_run(tmp_path, name, 0.9, 0.97)
+    make_run(tmp_path, "a_friend's", 0.9, 0.97)
+    make_tasks(tmp_path, "momentum=0.5+seed=0 0", "momentum=0.9+seed=0", count=4)
+    summary = summarise(tmp_path)  # seed=0.1 is what --fresh has moved aside
+    assert [row["runs"] for row in summary["ranking"]] == [["momentum=0.5+seed=0"], ["seed=0"]]
+    assert summary["tasks"] == 4 and summary["complete"] == 2 and summary["not_started"] == 1
+
+
+@pytest.mark.parametrize("missing", ["", "nowhere"])
+def test_what_is_no_sweep_is_refused_in_one_line(tmp_path, missing):
+    command = [sys.executable, "-m", "mnist.sweep", tmp_path / missing]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert str(tmp_path / missing) in done.stderr
