@@ -18,7 +18,6 @@ from mnist.metrics import read_metrics
 from mnist.report import report_of_run
 from mnist.system import write_file
 
-
 _NUMBER = re.compile(r"[0-9]{1,9}")
 
 
