@@ -8,11 +8,14 @@ not hold yet. Imports no torch; W&B is imported by that process alone.
 
 import contextlib
 import csv
+import glob
+import hashlib
 import heapq
 import json
 import os
 import pickle
 import queue
+import re
 import secrets
 import shlex
 import signal
@@ -22,19 +25,18 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import psutil
-import yaml
 from numpy.typing import NDArray
 
-from mnist.config import EvaluateConfig, InputError, TrainConfig, exit_codes
+from mnist.config import EvaluateConfig, InputError, TrainConfig, exit_codes, read_yaml
 from mnist.figures import model_of_figure
 from mnist.metrics import parse_rows
-from mnist.report import read_report, report_of_run, sha256
+from mnist.report import SPLITS, read_report, report_of_run, sha256
 from mnist.system import StopRequest, write_file
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
 _TABLE_ROWS = 200
 _MISTAKE = "#c1121f"
 _SAYS_LOST = "Fatal error while uploading data"  # in what W&B prints; finish() says nothing
+_MODES = ("offline", "dryrun", "online", "run", "disabled")  # of WANDB_MODE; in pairs the same
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +82,15 @@ LIMITS = Limits()
 class NoMirror:
     """What a job without W&B has, and every rank but the first."""
 
-    def begin(self, run_folder: Path) -> None:
-        """This is the run; comes before all that follows."""
+    def begin(self, run_folder: Path, adopts: bool | None = None) -> None:
+        """This is the run; comes before all that follows.
+
+        Args:
+            run_folder: of the run.
+            adopts: whether a run that W&B does not have yet becomes there the one that the
+                environment names, as an agent of a sweep has it; by default, if it is not complete:
+                an evaluation may be started beside another run's training.
+        """
 
     def rows(self, length: int) -> None:
         """The first ``length`` bytes of ``metrics.jsonl`` are final: send what is new of them."""
@@ -131,6 +141,7 @@ class Mirror(NoMirror):
         self._folder = Path()
         self._said: dict[str, Any] = {}
         self._closed = False
+        self._elsewhere = False  # whether a report is where send_again does not look
         command = [sys.executable, "-P", "-m", "mnist.tracking"]
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True)
@@ -140,9 +151,13 @@ class Mirror(NoMirror):
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
-    def begin(self, run_folder: Path) -> None:
+    def begin(self, run_folder: Path, adopts: bool | None = None) -> None:
         self._folder = run_folder
-        self._outbox.put((run_folder, self._settings, LIMITS))
+        if adopts is None:
+            adopts = not (run_folder / "model.safetensors").exists()
+        if adopts:
+            _warn_of_other_id(run_folder)
+        self._outbox.put((run_folder, self._settings, LIMITS, adopts))
 
     def _write(self) -> None:
         assert self._process.stdin is not None
@@ -173,6 +188,7 @@ class Mirror(NoMirror):
         self._outbox.put(("trained",))
 
     def evaluated(self, split: str, folder: Path) -> None:
+        self._elsewhere |= not _is_in_run(folder, self._folder)
         self._outbox.put(("evaluated", split, folder))
 
     def finished(self) -> None:
@@ -189,14 +205,15 @@ class Mirror(NoMirror):
             self._reader.join(1)
             self._said["lost"] = f"it did not finish within {LIMITS.close:.0f} s"
         elif not self._said.get("done"):
-            self._said["lost"] = f"it failed, see {self._folder / 'wandb/mirror.log'}"
+            log = self._folder / "wandb/mirror.log"
+            self._said["lost"] = f"it failed, see {log}" if os.path.isfile(log) else "it failed"
         self._process.wait()
         self._tell(**self._said)
 
     @property
     def online(self) -> bool:
         """After ``close``: whether the server has everything."""
-        missing = self._said.get("lost") or self._said.get("warning")
+        missing = any(self._said.get(name) for name in ("lost", "blocked", "warning"))
         return not missing and self._said.get("mode", "online") == "online"
 
     def _tell(
@@ -207,6 +224,8 @@ class Mirror(NoMirror):
         exact: bool = True,
         warning: str | None = None,
         lost: str | None = None,
+        blocked: str | None = None,
+        note: str | None = None,
         done: bool = False,
     ) -> None:
         """Print the end lines; see ``_Session`` for what it has said."""
@@ -215,10 +234,17 @@ class Mirror(NoMirror):
         sync = shlex.join([program, "sync", str(home)])
         if lost or not exact:  # wandb sync would add what the server has got already once more
             sync = shlex.join([python, "-m", "mnist.tracking", str(self._folder)])
-        if lost:
-            print(f"warning: W&B has not got everything: {lost}; send it: {sync}", file=sys.stderr)
+        again = "with that solved, start the same command again"
+        said = None
+        if blocked:
+            said = f"has not got this: {blocked}; {again}, or give --wandb disabled"
+        elif lost:
+            said = f"has not got everything: {lost}; "
+            said += again if self._elsewhere else f"send it: {sync}"
         elif warning:
-            print(f"warning: W&B is offline: {warning}; send it later: {sync}", file=sys.stderr)
+            said = f"is offline: {warning}; send it later: {sync}"
+        for line in filter(None, (said, note)):
+            print(f"warning: W&B {line}", file=sys.stderr)
         if mode == "online":
             print(f"wandb       {url}", flush=True)
         elif mode == "offline":
@@ -227,7 +253,17 @@ class Mirror(NoMirror):
 
 
 def wandb_settings(config: TrainConfig | EvaluateConfig) -> WandbSettings:
-    """What the options say."""
+    """What the options say.
+
+    Raises:
+        InputError: they leave it to ``WANDB_MODE``, which says nothing that is known.
+    """
+    found = os.environ.get("WANDB_MODE", "online")
+    if config.wandb == "auto" and found not in _MODES:
+        raise InputError(
+            f"WANDB_MODE takes one of {', '.join(_MODES)}, not {found!r}; set it to one of these, "
+            "unset it, or give --wandb"
+        )
     return WandbSettings(
         mode=config.wandb,
         project=config.wandb_project,
@@ -249,12 +285,13 @@ def send_missing(mirror: NoMirror, run_folder: Path) -> None:
     """Send what W&B does not hold of a complete run that this job has found: it was killed, or W&B
     failed, before all was sent. Nothing is started where nothing is missing."""
     report = report_of_run(run_folder, "test")
-    recorded = _read_json(run_folder / "wandb/run.json").get("sent", {})
+    recorded = _read_state(run_folder).sent
     wanted = ["finished", *([] if report is None else [_item("test", report)])]
     if all(item in recorded for item in wanted):
+        _warn_of_other_id(run_folder)
         return
     splits = {} if report is None else {"test": run_folder / "evaluation/test"}
-    _send_complete(mirror, run_folder, splits)
+    _send_complete(mirror, run_folder, splits, adopts=True)
 
 
 def send_again(run_folder: Path) -> None:
@@ -286,10 +323,13 @@ def send_again(run_folder: Path) -> None:
     print(f"W&B has all of {run_folder}", flush=True)
 
 
-def _send_complete(mirror: NoMirror, run_folder: Path, splits: dict[str, Path]) -> None:
+def _send_complete(
+    mirror: NoMirror, run_folder: Path, splits: dict[str, Path], adopts: bool = False
+) -> None:
     """Everything of a complete run; its mirror leaves out what W&B holds."""
-    mirror.begin(run_folder)
-    mirror.rows((run_folder / "metrics.jsonl").stat().st_size)
+    mirror.begin(run_folder, adopts)
+    metrics = run_folder / "metrics.jsonl"
+    mirror.rows(metrics.stat().st_size if metrics.exists() else 0)
     mirror.trained()
     for split, folder in splits.items():
         mirror.evaluated(split, folder)
@@ -310,6 +350,56 @@ def _read_json(path: Path) -> dict[str, Any]:
     return contents if isinstance(contents, dict) else {}
 
 
+@dataclass(frozen=True, kw_only=True)
+class _State:
+    """What ``wandb/run.json`` says: which run this is for W&B, and what W&B holds of it."""
+
+    id: str | None = None
+    project: str | None = None
+    entity: str | None = None
+    sweep: str | None = None
+    sent: dict[str, str] = field(default_factory=dict)  # the mode in which each thing was
+    damaged: bool = False
+
+
+def _read_state(run_folder: Path) -> _State:
+    """Nothing of what is not there; of what is not understood only that it is damaged."""
+    path = run_folder / "wandb/run.json"
+    if not os.path.exists(path):  # nor, where it may not be looked for, an error
+        return _State()
+    found = _read_json(path)
+    names = ("id", "project", "entity", "sweep")
+    place: dict[str, Any] = {name: found.get(name) or None for name in names}
+    sent = found.get("sent") or {}
+    texts = [value for value in place.values() if value is not None]
+    texts += [*sent, *sent.values()] if isinstance(sent, dict) else [None]
+    if not all(isinstance(text, str) for text in texts) or not _is_id(place["id"]):
+        return _State(damaged=True)
+    return _State(**place, sent=sent)
+
+
+def _is_id(text: str | None) -> bool:
+    """Whether W&B takes it as the id of a run, and a file system as a part of a name."""
+    plain = text is not None and text.isprintable() and text == text.strip()
+    return plain and 0 < len(text or "") <= 128 and not set(text or "") & set(":;,#?/'\\%")
+
+
+def _warn_of_other_id(run_folder: Path) -> None:
+    """A sweep may try the same settings twice, which then are one run."""
+    recorded, found = _read_state(run_folder).id, os.environ.get("WANDB_RUN_ID")
+    if os.environ.get("WANDB_SWEEP_ID") and recorded and found and recorded != found:
+        print(
+            f"warning: W&B has {run_folder} as run {recorded}, so run {found} of this sweep stays "
+            "empty",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _is_in_run(evaluation: Path, run_folder: Path) -> bool:
+    return evaluation.resolve().parent == (run_folder / "evaluation").resolve()
+
+
 def _kill_tree(pid: int) -> None:
     """W&B's own processes are in other process groups, so these are found by descent."""
     with contextlib.suppress(psutil.Error):
@@ -325,34 +415,51 @@ def _kill_tree(pid: int) -> None:
 class _Session:
     """One connection of W&B's client, opened when there is something to send.
 
-    What it holds for certain is in ``wandb/run.json``: the run's id and place, and for each thing
-    that is sent once the mode in which it was.
+    What it holds for certain is in ``wandb/run.json``; that decides which run this is. For one that
+    W&B does not have yet, an agent of a sweep may have decided it, in the environment.
     """
 
-    def __init__(self, folder: Path, settings: WandbSettings, limits: Limits, out: IO[str]) -> None:
+    def __init__(
+        self, folder: Path, settings: WandbSettings, limits: Limits, adopts: bool, out: IO[str]
+    ) -> None:
         import wandb
 
         self.wandb, self.limits, self.out = wandb, limits, out
         self.folder, self.state = folder, folder / "wandb/run.json"
-        recorded = _read_json(self.state)
-        place = {
-            "project": settings.project or recorded.get("project") or os.getenv("WANDB_PROJECT"),
-            "entity": settings.entity or recorded.get("entity") or os.getenv("WANDB_ENTITY"),
-        }
-        place["project"] = place["project"] or "mnist-ocr"
-        same = all(recorded.get(key) == value for key, value in place.items())
-        self.sent: dict[str, str] = recorded.get("sent", {}) if same else {}
-        self.place = {"id": recorded.get("id") or secrets.token_hex(4), **place}
+        recorded = _read_state(folder)
+        self.notes: list[str] = []
+        if recorded.damaged:
+            self.notes.append(f"gets all of it once more, {self.state} is damaged")
+        # W&B would follow these rather than what it is told here, so it does not see them.
+        names = ("RUN_ID", "SWEEP_ID", "PROJECT", "ENTITY", "LAUNCH")
+        found = {name: os.environ.pop(f"WANDB_{name}", None) or None for name in names}
+        run_id, sweep, project, entity, _ = found.values()
+        if adopts and run_id and not recorded.id and not _is_id(run_id):
+            self.notes.append(f"takes no WANDB_RUN_ID {run_id!r}; the run has another")
+            run_id = None
+        self.id = recorded.id or (run_id if adopts else None) or secrets.token_hex(4)
+        if recorded.id:
+            project, entity = recorded.project, recorded.entity
+        in_sweep = sweep is not None and self.id == run_id
+        if not in_sweep:  # the runs of one sweep are in one place
+            project, entity = settings.project or project, settings.entity or entity
+            os.environ.pop("WANDB_SWEEP_PARAM_PATH", None)  # the settings that an agent chose
+        self.place = {"project": project or settings.project or "mnist-ocr"}
+        self.place["entity"] = entity or settings.entity
+        same = self.place == {"project": recorded.project, "entity": recorded.entity}
+        self.sent = recorded.sent if same else {}
+        self.sweep = sweep if in_sweep else recorded.sweep if same else None
         self._record()
 
         self.settings = settings
         self.warning: str | None = None
-        wanted, found = settings.mode, os.environ.pop("WANDB_MODE", None)
-        if wanted == "auto" and found in ("offline", "dryrun"):
+        wanted, mode = settings.mode, os.environ.pop("WANDB_MODE", None)
+        if wanted == "auto" and mode in ("offline", "dryrun"):
             wanted = "offline"
         self.mode = "offline" if wanted == "offline" else "online"
         # Without a key, auto is offline as a matter of course.
-        self.excused = "No API key" if wanted == "auto" and found != "online" else None
+        told = mode in ("online", "run")
+        self.excused = "No API key" if wanted == "auto" and not told else None
         self.run: wandb.Run | None = None
         self.held = -1  # the last step that W&B has
         self.offset = 0  # into metrics.jsonl
@@ -363,12 +470,14 @@ class _Session:
             self.connect()
 
     def _record(self) -> None:
-        write_file(self.state, json.dumps({**self.place, "sent": self.sent}, indent=2) + "\n")
+        state = {"id": self.id, **self.place, "sweep": self.sweep, "sent": self.sent}
+        write_file(
+            self.state,
+            json.dumps(state, indent=2) + "\n",
+        )
 
     def say(self, **facts: Any) -> None:
-        """Tell the job's process; see ``Mirror._tell``."""
-        with contextlib.suppress(BrokenPipeError):  # that process may have ended
-            print(json.dumps(facts), file=self.out, flush=True)
+        _say(self.out, **facts)
 
     def _say_where(self, directory: Path, url: str | None = None) -> None:
         # How much arrived of what was sent online and never confirmed is not known offline.
@@ -409,16 +518,16 @@ class _Session:
         return self.run
 
     def _init(self, mode: Literal["online", "offline"]) -> "wandb.Run":
-        config = yaml.safe_load((self.folder / "config.yaml").read_text())
-        config["environment"] = _read_json(self.folder / "environment.json")
+        # A folder's name may be no text, and longer than W&B takes.
+        name = self.folder.resolve().name.encode(errors="replace").decode()[:128]
         return self.wandb.init(
-            id=self.place["id"],
+            id=self.id,
             project=self.place["project"],
             entity=self.place["entity"],
-            name=os.getenv("WANDB_NAME") or self.folder.resolve().name,
+            name=os.getenv("WANDB_NAME") or name,
             group=self.settings.group,
             tags=self.settings.tags or None,
-            config=config,
+            config=self._config(),
             dir=self.folder,
             mode=mode,
             resume="allow",
@@ -434,12 +543,28 @@ class _Session:
                 x_transaction_log_flush_interval=self.limits.flush,
                 x_file_stream_transmit_interval=self.limits.transmit,
                 x_stats_pid=os.getppid(),
+                sweep_id=self.sweep,
             ),
         )
 
+    def _config(self) -> dict[str, Any]:
+        """The run's settings and environment; without those that cannot be read."""
+        path = self.folder / "config.yaml"
+        config: dict[str, Any] = {}
+        try:
+            found = read_yaml(path)
+            if not isinstance(found, dict):
+                raise InputError(f"{path} is damaged")
+            config = json.loads(json.dumps(found, default=str))
+        except (OSError, ValueError, RecursionError) as error:
+            why = f"lacks the settings of this run: {_one_line(error)}"
+            if why not in self.notes:
+                self.notes.append(why)
+        return config | {"environment": _read_json(self.folder / "environment.json")}
+
     def _logs(self) -> list[Path]:
         """The local logs of this run, oldest first."""
-        logs = self.folder.glob(f"wandb/*run-*/run-{self.place['id']}.wandb")
+        logs = self.folder.glob(f"wandb/*run-*/run-{glob.escape(self.id)}.wandb")
         return sorted(logs, key=lambda log: log.parent.name.removeprefix("offline-"))
 
     def _unsynced(self) -> list[Path]:
@@ -449,11 +574,11 @@ class _Session:
         core = self.wandb.util.get_core_path()
         command = [core, "leet", "inspect", "--no-observability", "--json", "--run-file", str(log)]
         printed = subprocess.run([*command, str(log.parent)], stdout=subprocess.PIPE).stdout
-        return [json.loads(line) for line in printed.splitlines()]
+        return [json.loads(line) for line in printed.splitlines() if line.startswith(b"{")]
 
     def _last_step(self, log: Path) -> int:
         histories = [r["history"]["item"] for r in self._records(log) if r["type"] == "history"]
-        return max((item["step"] for item in histories), default=-1)
+        return max((item["step"] for item in histories if "step" in item), default=-1)
 
     def _summary(self, logs: list[Path]) -> dict[str, Any]:
         """What earlier sessions summed up: wandb sync keeps the summary of the last one alone."""
@@ -476,9 +601,11 @@ class _Session:
         if self._has("finished"):
             return
         run = self.connect()
+        if length <= self.offset:
+            return
         with (self.folder / "metrics.jsonl").open("rb") as file:
             file.seek(self.offset)
-            rows = parse_rows(file.read(max(0, length - self.offset)), {"step"})
+            rows = parse_rows(file.read(length - self.offset), {"step"})
         for row in rows:
             step = row["step"]
             grid = self.grids.pop(step, None)
@@ -490,7 +617,7 @@ class _Session:
                 row["validation/predictions"] = self.wandb.Image(picture, caption=caption)
             run.log(row, step=step, commit=True)
             self.held = step
-        self.offset = max(self.offset, length)
+        self.offset = length
 
     def grid(self, step: int, *grid: NDArray[Any]) -> None:
         self.grids[step] = grid
@@ -500,6 +627,10 @@ class _Session:
         item = _item(split, report)
         if self._has(item):
             return
+        if split not in SPLITS and not _is_in_run(folder, self.folder):
+            # Elsewhere, reports on several folders of one name have this name.
+            split += f"-{_digest(report['data']['images'])[:6]}"
+        split = _plain(split, 64)
         run, Image = self.connect(), self.wandb.Image
         run.summary.update(_figures(split, report))
         pictures = _pictures(Path(report["data"]["images"]))
@@ -516,7 +647,7 @@ class _Session:
             caption = f"the {len(mistakes)} most confident mistakes"
             shown[f"{split}/mistakes"] = Image(compose_grid(images, *values), caption=caption)
         self._log_last(shown)
-        artifact = self.wandb.Artifact(f"{split}-{self.place['id']}", type="evaluation")
+        artifact = self.wandb.Artifact(_plain(f"{split}-{self.id}"), type="evaluation")
         for name in ("report.json", "predictions.csv"):
             artifact.add_file(str(folder / name))
         run.log_artifact(artifact)
@@ -562,7 +693,7 @@ class _Session:
             time.sleep(0.05)
         if model_of_figure(figure) in (model, ""):
             self._log_last({"figures/loss_curves": self.wandb.Image(str(figure))})
-        artifact = self.wandb.Artifact(f"model-{self.place['id']}", type="model")
+        artifact = self.wandb.Artifact(_plain(f"model-{self.id}"), type="model")
         artifact.add_file(str(self.folder / "model.safetensors"))
         run.log_artifact(artifact)
         self.items.append("finished")
@@ -589,7 +720,8 @@ class _Session:
                 self._record()
                 if self.mode == "online":
                     self._mark_synced()
-        self.say(done=True, warning=self.warning, lost="; ".join(self.lost))
+        note = "; ".join(self.notes)
+        self.say(done=True, warning=self.warning, lost="; ".join(self.lost), note=note)
 
     def _mark_synced(self) -> None:
         """Keep a later ``wandb sync`` from sending again what the server holds."""
@@ -597,6 +729,27 @@ class _Session:
             for log in self._unsynced():
                 if self._last_step(log) <= self.held:
                     _synced_mark(log).touch()
+
+
+def _say(out: IO[str], **facts: Any) -> None:
+    """Tell the job's process; see ``Mirror._tell``."""
+    with contextlib.suppress(BrokenPipeError):  # that process may have ended
+        print(json.dumps(facts), file=out, flush=True)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(os.fsencode(text)).hexdigest()
+
+
+def _plain(name: str, most: int = 128) -> str:
+    """A name that W&B takes, for an artifact or a metric; another name's is another.
+
+    Dots are left out as well: in a metric's name they stand for levels.
+    """
+    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) and len(name) <= most and name != "model":
+        return name
+    plain = re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-_")[: most - 9] or "name"
+    return f"{plain}-{_digest(name)[:8]}"
 
 
 def _is_offline(log: Path) -> bool:
@@ -608,7 +761,14 @@ def _synced_mark(log: Path) -> Path:
 
 
 def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def _log_failure() -> None:
+    with contextlib.suppress(OSError):  # the disk that the log is on may be full
+        traceback.print_exc()
 
 
 def _figures(split: str, report: dict[str, Any]) -> dict[str, Any]:
@@ -738,25 +898,38 @@ def _mirror() -> None:
     first = next(messages, None)
     if first is None:  # the job has ended without a run
         return
-    folder, settings, limits = first
-    home = folder.resolve() / "wandb"
-    home.mkdir(parents=True, exist_ok=True)
-    log = os.open(home / "mirror.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o666)
+    folder, settings, limits, adopts = first
+    home = folder / "wandb"
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        how = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+        log = os.open(home / "mirror.log", how, 0o666)
+    except FileExistsError:
+        return _say(out, blocked=f"{home} is not a folder", done=True)
+    except OSError as error:
+        return _say(
+            out, blocked=f"{error.filename} cannot be written ({error.strerror})", done=True
+        )
     os.dup2(log, 1)
     os.dup2(log, 2)
     for name in ("data", "cache", "artifact"):
-        os.environ[f"WANDB_{name.upper()}_DIR"] = str(home / name)
+        os.environ[f"WANDB_{name.upper()}_DIR"] = str(home.resolve() / name)
     os.environ["WANDB_ERROR_REPORTING"] = "false"
     os.environ.pop("WANDB_SILENT", None)  # see _SAYS_LOST; all that is printed goes to a file
     trained.wait(limits.patience)
-    session = _Session(folder, settings, limits, out)
-    for name, *arguments in messages:
-        try:
-            getattr(session, name)(*arguments)
-        except Exception as error:
-            traceback.print_exc()
-            session.lost.append(_one_line(error))
-    session.close()
+    try:
+        session = _Session(folder, settings, limits, adopts, out)
+        for name, *arguments in messages:
+            try:
+                getattr(session, name)(*arguments)
+            except Exception as error:
+                _log_failure()
+                session.lost.append(_one_line(error))
+        session.close()
+    except Exception as error:
+        _log_failure()
+        kind = "blocked" if isinstance(error, OSError) else "lost"
+        _say(out, **{kind: _one_line(error)}, done=True)
 
 
 def main() -> None:
@@ -767,7 +940,7 @@ def main() -> None:
     try:
         _mirror()
     except Exception:
-        traceback.print_exc()
+        _log_failure()
         os._exit(1)
     os._exit(0)  # W&B's own teardown would wait for a server that has gone
 
