@@ -444,8 +444,8 @@ class _Session:
         if not in_sweep:  # the runs of one sweep are in one place
             project, entity = settings.project or project, settings.entity or entity
             os.environ.pop("WANDB_SWEEP_PARAM_PATH", None)  # the settings that an agent chose
-        self.place = {"project": project or settings.project or "mnist-ocr"}
-        self.place["entity"] = entity or settings.entity
+        project, entity = project or settings.project, entity or settings.entity
+        self.place = {"project": project or "mnist-ocr", "entity": entity}
         same = self.place == {"project": recorded.project, "entity": recorded.entity}
         self.sent = recorded.sent if same else {}
         self.sweep = sweep if in_sweep else recorded.sweep if same else None
