@@ -18,7 +18,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, get_origin
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 import tyro
 import yaml
@@ -365,10 +365,10 @@ def parse_train_config(arguments: Sequence[str]) -> TrainConfig:
     sources = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     sources.add_argument("--config", nargs="?")
     sources.add_argument("--recipe", nargs="?")
+    arguments = _as_typed(arguments, TrainConfig)
     found, _ = sources.parse_known_args(arguments)
-    settings = (
-        _read_yaml(Path(os.path.expanduser(found.config))) if found.config is not None else {}
-    )
+    file = None if found.config in (None, "None") else Path(os.path.expanduser(found.config))
+    settings = {} if file is None else _read_yaml(file)
     recipe: Any = found.recipe or settings.get("recipe", "baseline")
     if "recipe" in settings and recipe != settings["recipe"]:
         raise InputError(
@@ -394,7 +394,7 @@ def parse_evaluate_config(arguments: Sequence[str]) -> EvaluateConfig:
     Raises:
         InputError: an unknown option, a wrong type, a value out of range, or a contradiction.
     """
-    config = _parse_options(arguments, EvaluateConfig())
+    config = _parse_options(_as_typed(arguments, EvaluateConfig), EvaluateConfig())
     config.check()
     return config
 
@@ -540,6 +540,63 @@ def _as_options(settings: dict[str, Any]) -> list[str]:
         else:
             words.append(f"{name}={value}")
     return words
+
+
+_TRUTH = {"true": True, "1": True, "false": False, "0": False}
+
+
+def _as_typed(arguments: Sequence[str], config: type) -> list[str]:
+    """Command-line words as tyro takes them, of those that others write, too.
+
+    Agents of W&B's sweeps pass --nesterov=True and --hidden_sizes="[512, 256, 128, 64]". Those of a
+    file are not for this: there, a text is what is written.
+
+    Raises:
+        InputError: a value that is neither true nor false, of an option that takes these.
+    """
+    types = {option(field.name): field.type for field in dataclasses.fields(config)}
+    words: list[str] = []
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        typed, joined, value = word.partition("=")
+        name = typed.replace("_", "-")
+        kind = types.get(name) or (types.get("--" + name.removeprefix("--no-")))
+        if not (word.startswith("--") and kind):
+            words.append(word)
+            continue
+        takes = kind is bool or get_origin(kind) is tuple or type(None) in get_args(kind)
+        if takes and not joined and rest and not rest[0].startswith("-"):
+            joined, value = "=", rest.pop(0)
+        if not (takes and joined):
+            words.append(word)
+        elif kind is bool:
+            truth = _TRUTH.get(value.lower())
+            if truth is None:
+                raise InputError(f"{typed} takes true or false, not {_shown(value)}")
+            positive = name if name in types else "--" + name.removeprefix("--no-")
+            truth = truth == (name == positive)
+            words.append(positive if truth else "--no-" + positive.removeprefix("--"))
+        elif get_origin(kind) is tuple:
+            values = _listed(value, commas=get_args(kind)[0] is not str)
+            words += _as_options({name.removeprefix("--").replace("-", "_"): values})
+        else:
+            words.append(f"{typed}={'None' if value == 'null' else value}")
+    return words
+
+
+def _listed(value: str, *, commas: bool) -> list[str]:
+    """The values of a list that is written as one word, as JSON and Python do, or with commas."""
+    if commas and not value.startswith("["):
+        return [part.strip() for part in value.split(",")]
+    if not (value.startswith("[") and value.endswith("]")):
+        return [value]
+    try:
+        values = yaml.load(value, _VerbatimLoader)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return [value]
+    plain = isinstance(values, list) and all(map(_could_be_typed, values))
+    return values if plain else [value]
 
 
 class _Sheet(io.StringIO):
