@@ -107,6 +107,12 @@ def test_job_of_a_clone_of_any_name_gets_its_words(site, job):
     assert job == "evaluate" or words[-4:-2] == ["--runs-dir", str(runs)]
 
 
+def test_python_whose_path_is_no_word_of_a_shell(site):
+    done = site.run("train.sbatch", MNIST_PYTHON=site.python)
+    assert done.returncode == 0, done.stderr
+    assert site.said()[2:5] == ["-P", "-m", "mnist.launch"]
+
+
 def test_sweep_in_a_clone_of_any_name_records_all_of_its_runs(site):
     array = {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "1", "MNIST_SWEEP": "my sweep's"}
     runs = site.work / "my runs"

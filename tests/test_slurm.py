@@ -129,6 +129,9 @@ def cluster(tmp_path_factory, data_dir):
 def jobs(cluster):
     """What needs no disturbing, all at once."""
     train, sweep = SLURM / "train.sbatch", SLURM / "sweep.sbatch"
+    clone = cluster.folder / "my clone (1)"  # what squeue tells of it, its job takes apart
+    clone.symlink_to(ROOT)
+    named = clone / "slurm/train.sbatch"
 
     def pipeline(*words):
         said = cluster.run(SLURM / "pipeline.sh", "--cpus-per-task=1", "--", *TINY, *words)
@@ -140,7 +143,7 @@ def jobs(cluster):
         "four": cluster.submit(
             "-N2", "--gpus-per-node=2", train, *TINY, "--epochs", "25", "--run-name", "four"
         ),
-        "one": cluster.submit(train, *TINY, "--epochs", "25", "--run-name", "one"),
+        "one": cluster.submit(named, *TINY, "--epochs", "25", "--run-name", "one"),
         "broken": cluster.submit("--array=0-1", sweep, *TINY, MNIST_PYTHON="false"),
         "pipeline": pipeline("--run-name", "piped"),
         "failing": pipeline("--learning-rate", "1e9"),
