@@ -55,6 +55,8 @@ class FakeWandb(ThreadingHTTPServer):
         self.die_on: str | None = None  # at such a request, stop answering anything
         self.break_on: str | None = None  # at such a request, begin to answer all with 500
         self.refuse_on: str | None = None  # answer such requests with 403
+        self.sweep = ""  # the settings of the only one, in YAML; its id is "s1"
+        self.trials: list[dict[str, Any]] = []  # that an agent still gets: run_id and args
         self.uploads: dict[str, tuple[dict[str, bytes], str]] = {}
         self.lock = threading.RLock()
         super().__init__(("127.0.0.1", port), _Handler)
@@ -108,6 +110,8 @@ class FakeWandb(ThreadingHTTPServer):
             files = self.runs[v["run"]].files
             handed = [{"name": n, "uploadUrl": self.address(files, n)} for n in v["files"]]
             return {"createRunFiles": {"runID": v["run"], "uploadHeaders": [], "files": handed}}
+        if operation in ("UpsertSweep", "SweepWithRuns", "CreateAgent", "Heartbeat"):
+            return self._sweep(operation, v)
         if operation == "OrganizationCoreWeaveOrganizationID":
             return {"entity": None}
         if operation == "MarkRunFilesUploaded":
@@ -115,6 +119,24 @@ class FakeWandb(ThreadingHTTPServer):
         if "Artifact" in operation or operation == "XXHashDigestsEnabled":
             return self._artifact(operation, v)
         return None
+
+    def _sweep(self, operation: str, v: dict[str, Any]) -> dict[str, Any]:
+        if operation == "UpsertSweep":
+            self.sweep = v["config"]
+            entity = {"id": "e", "name": v["entityName"] or "tester"}
+            project = {"id": "p", "name": v["projectName"], "entity": entity}
+            sweep = {"name": "s1", "project": project}
+            return {"upsertSweep": {"sweep": sweep, "configValidationWarnings": []}}
+        if operation == "SweepWithRuns":
+            sweep = {"id": "i", "name": v["sweep"], "config": self.sweep, "runs": {"edges": []}}
+            return {"project": {"sweep": sweep}}
+        if operation == "CreateAgent":
+            return {"createAgent": {"agent": {"id": "a1"}}}
+        commands = []
+        if self.trials and not json.loads(v["runState"]):  # a trial at a time
+            program = re.search(r"program: (.*)", self.sweep)
+            commands = [{"type": "run", "program": program and program[1], **self.trials.pop(0)}]
+        return {"agentHeartbeat": {"agent": {"id": "a1"}, "commands": json.dumps(commands)}}
 
     def _upsert(self, v: dict[str, Any]) -> dict[str, Any]:
         new = v["name"] not in self.runs
