@@ -1,4 +1,4 @@
-"""Processes that are late are waited for, those that do not come are named, and signals are heard."""
+"""Processes that are late are waited for, those that stay away are named, signals are heard."""
 
 import datetime
 import json
