@@ -80,6 +80,7 @@ def evaluate(config: EvaluateConfig) -> None:
         InputError: the model, the images or the folders do not allow it; nothing is changed.
     """
     refuse_missing(config)
+    settings = wandb_settings(config)  # may refuse WANDB_MODE
     if config.images is None:
         fetch_mnist(config.data_dir)  # before processes wait for each other
     world = connect(config)
@@ -105,7 +106,7 @@ def evaluate(config: EvaluateConfig) -> None:
         report = json.loads((output / "report.json").read_text())
         print_summary(report, output)
         if weights.run is not None and weights.step is None:
-            mirror = open_mirror(wandb_settings(config))
+            mirror = open_mirror(settings)
             mirror.begin(weights.run)
             mirror.evaluated(evaluation_name(config) if named else output.name, output)
             mirror.close()
