@@ -484,8 +484,9 @@ def print_summary(config: TrainConfig, rows: list[dict[str, Any]]) -> None:
     if report:
         lines += summary(report, "test")
     last = rows[-1] if rows else {}
-    # Without that of the last step, rows are lost: others do not speak of the final model.
-    if last.get("epoch") == config.epochs and last.get("seconds"):
+    if last.get("epoch") != config.epochs or not last.get("seconds"):
+        print(f"warning: {folder / 'metrics.jsonl'} has lost its last row", file=sys.stderr)
+    else:
         if "validation/loss" in last:
             accuracy, loss = last["validation/accuracy"], last["validation/loss"]
             lines.append(f"validation  accuracy {accuracy:.2%}, loss {loss:.4f}")
