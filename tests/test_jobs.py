@@ -325,8 +325,6 @@ def test_damaged_run_folder_is_one_line(finished, tmp_path, data_dir):
         ("config.yaml", "", 2),
         ("config.yaml", "- 1", 2),
         ("metrics.jsonl", "", 0),  # what the summary needs not, or what is made again
-        ("metrics.jsonl", '{"step": 1', 0),
-        ("metrics.jsonl", "{}\n", 0),
         ("model.safetensors", "", 2),
         ("evaluation/test/report.json", "{}", 0),
         ("environment.json", "[", 0),
