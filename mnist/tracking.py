@@ -369,8 +369,8 @@ def _read_state(run_folder: Path) -> _State:
         return _State()
     found = _read_json(path)
     names = ("id", "project", "entity", "sweep")
-    place: dict[str, Any] = {name: found.get(name) or None for name in names}
-    sent = found.get("sent") or {}
+    place: dict[str, Any] = {name: found.get(name) for name in names}
+    sent = found.get("sent", {})
     texts = [value for value in place.values() if value is not None]
     texts += [*sent, *sent.values()] if isinstance(sent, dict) else [None]
     if not all(isinstance(text, str) for text in texts) or not _is_id(place["id"]):
@@ -928,8 +928,10 @@ def _mirror() -> None:
         session.close()
     except Exception as error:
         _log_failure()
-        kind = "blocked" if isinstance(error, OSError) else "lost"
-        _say(out, **{kind: _one_line(error)}, done=True)
+        if isinstance(error, OSError):  # of the file system: W&B's client raises its own
+            _say(out, blocked=f"{home}: {error.strerror or _one_line(error)}", done=True)
+        else:
+            _say(out, lost=_one_line(error), done=True)
 
 
 def main() -> None:

@@ -57,6 +57,41 @@ def test_underscores_and_hyphens_both_work():
     assert parse_train_config(["--batch_size", "8"]) == parse_train_config(["--batch-size=8"])
 
 
+@pytest.mark.parametrize(
+    ("words", "field", "value"),
+    [
+        (["--nesterov=True"], "nesterov", True),
+        (["--nesterov", "true"], "nesterov", True),
+        (["--nesterov=1", "--seed=3"], "nesterov", True),
+        (["--nesterov", "--nesterov=False"], "nesterov", False),
+        (["--exact_sums=false"], "exact_sums", False),
+        (["--exact-sums", "0"], "exact_sums", False),
+        (["--no-exact-sums=True"], "exact_sums", False),
+        (["--hidden_sizes=[512, 256, 128, 32]"], "hidden_sizes", (512, 256, 128, 32)),
+        (["--hidden-sizes", "[512,256,128,32]"], "hidden_sizes", (512, 256, 128, 32)),
+        (["--hidden_sizes=512,256,128,32"], "hidden_sizes", (512, 256, 128, 32)),
+        (["--hidden-sizes", "512, 256, 128, 32"], "hidden_sizes", (512, 256, 128, 32)),
+        (["--hidden-sizes=512", "256", "128", "32"], "hidden_sizes", (512, 256, 128, 32)),
+        (["--wandb_tags=['a b', \"it's\"]"], "wandb_tags", ("a b", "it's")),
+        (["--wandb-tags=[]"], "wandb_tags", ()),
+        (["--wandb-tags", "a,b", "[c]"], "wandb_tags", ("a,b", "[c]")),
+        (["--threads=None"], "threads", None),
+        (["--threads", "null"], "threads", None),
+        (["--run_name=null"], "run_name", None),
+        (["--config=null"], "config", None),
+        (["--learning_rate=1e-3"], "learning_rate", 0.001),
+    ],
+)
+def test_words_of_an_agent(words, field, value):
+    assert getattr(parse_train_config(words), field) == value
+
+
+def test_words_of_an_agent_in_an_evaluation():
+    words = ["--run=r", "--split=null", "--wandb_tags=['a', 'b']", "--threads", "None"]
+    config = parse_evaluate_config(words)
+    assert (config.split, config.wandb_tags, config.threads) == (None, ("a", "b"), None)
+
+
 def test_saved_settings_repeat_the_run(tmp_path):
     config = parse_train_config("--recipe fast --seed 4 --momentum 0.8".split())
     file = tmp_path / "config.yaml"
@@ -118,6 +153,16 @@ def test_every_setting_is_either_numeric_or_known_not_to_be():
         ("--thickness 1.1", "--thickness takes 0 to 1"),
         ("--gaps -0.1", "--gaps takes 0 to 1"),
         ("--elastic-smoothness 0", "--elastic-smoothness takes 0.5 to 28"),
+        ("--nesterov=maybe", "--nesterov takes true or false, not maybe"),
+        ("--nesterov 2", "--nesterov takes true or false, not 2"),
+        ("--no-exact-sums=on", "--no-exact-sums takes true or false, not on"),
+        ("--hidden-sizes=[4,3,2", "--hidden-sizes"),
+        ("--hidden-sizes=[[4,3],[2,1]]", "--hidden-sizes"),
+        ("--hidden-sizes=[4,3,2]", "--hidden-sizes takes exactly four widths"),
+        ("--hidden-sizes=None", "--hidden-sizes"),
+        ("--wandb-tags=['a','--fresh']", "--wandb-tags takes --fresh as the first"),
+        ("--batch-size=True", "--batch-size takes a whole number, not 'True'"),
+        ("--learning-rate=None", "--learning-rate takes a number, not 'None'"),
         ("--recipe quick", "--recipe takes one of baseline, fast, record, not quick"),
         ("--momentum 1", "--momentum takes 0 to below 1"),
         ("--validation-size 60000", "--validation-size takes 0 to 59000"),

@@ -27,6 +27,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from mnist import tracking
+from mnist.config import EvaluateConfig, InputError, TrainConfig
 from mnist.report import Tally, csv_header, csv_rows, figures
 from mnist.tracking import (
     Limits,
@@ -37,6 +38,7 @@ from mnist.tracking import (
     open_mirror,
     send_again,
     send_missing,
+    wandb_settings,
 )
 
 KEY = "f00dfeed" * 5
@@ -388,7 +390,7 @@ def test_place_of_a_run(folder, server, monkeypatch):
     assert (run.project, run.entity, run.attributes["groupName"]) == ("p", "e", "g")
     assert run.attributes["tags"] == ["a", "b"]
     for name in "PROJECT ENTITY RUN_GROUP TAGS".split():  # the same place without being told again
-        monkeypatch.delenv(f"WANDB_{name}")
+        monkeypatch.delenv(f"WANDB_{name}", raising=False)
     start(folder).close()
     assert (server.run.project, server.run.entity) == ("p", "e")
 
@@ -509,7 +511,7 @@ def test_complete_run_that_was_killed_before_its_end_is_sent_when_started_again(
         mirror.close()
         assert metrics_only(server.run.rows) == [row(step) for step in STEPS]
         assert server.run.summary["test/accuracy"] == 0.96
-        assert {name.partition("-")[0] for name in server.run.artifacts} == {"test", "model"}
+        assert {name.partition("-")[0] for name in server.run.artifacts} == {"test", "model", "run"}
         server.operations.clear() if not again else None
     assert set(server.operations) <= {"/sdk/otel/v1/metrics"}
     assert len(logs(folder)) == 2
@@ -534,6 +536,88 @@ def test_sending_again_says_by_its_code_whether_the_server_has_all(
     said = capsys.readouterr()
     assert f"W&B has all of {folder}" in said.out and "it is of another model" in said.err
     assert metrics_only(server.run.rows) == [row(step) for step in STEPS]
+
+
+# -------------------------------------------------------------------------------------- sweeps
+
+
+def as_agent(monkeypatch: pytest.MonkeyPatch, run_id: str, sweep: str = "s1") -> None:
+    """The environment that an agent gives to a trial."""
+    values = {"RUN_ID": run_id, "SWEEP_ID": sweep, "PROJECT": f"of-{sweep}", "ENTITY": "team"}
+    for name, value in values.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    parameters = Path(os.environ["HOME"]) / f"config-{run_id}.yaml"
+    parameters.write_text("wandb_version: 1\nlearning-rate:\n  value: 0.25\n")
+    monkeypatch.setenv("WANDB_SWEEP_PARAM_PATH", str(parameters))
+
+
+def test_trial_of_the_sweep_file_is_the_run_of_its_agent(server, tmp_path, data_dir, monkeypatch):
+    root = Path(__file__).parents[1]
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    program = [sys.executable, "-m", "wandb"]
+    for words in (["sweep", "docs/sweep.yaml"], ["agent", "--count", "1", "tester/mnist-ocr/s1"]):
+        values = {"learning_rate": 1e-3, "nesterov": True, "hidden_sizes": [32, 24, 16, 12]}
+        values |= {"epochs": 1, "validation_size": 59_000, "batch_size": 200, "threads": None}
+        values |= {"runs_dir": f"{tmp_path}/runs", "data_dir": str(data_dir)}
+        args = {name: {"value": value} for name, value in values.items()}
+        server.trials = [{"run_id": "trial1", "args": args}]
+        subprocess.run([*program, *words], cwd=root, check=True, capture_output=True, timeout=110)
+    assert list(server.runs) == ["trial1"] and server.run.exit_code == 0
+    assert (server.run.project, server.run.attributes["sweep"]) == ("mnist-ocr", "s1")
+    (metrics,) = tmp_path.glob("runs/*/metrics.jsonl")
+    (last,) = map(json.loads, metrics.read_text().splitlines())
+    assert server.run.summary["validation/accuracy"] == last["validation/accuracy"]
+    assert server.run.config["hidden_sizes"]["value"] == [32, 24, 16, 12]
+    assert server.run.config["nesterov"]["value"] is True
+
+
+def test_run_stays_the_one_that_is_recorded(folder, server, monkeypatch, capfd):
+    as_agent(monkeypatch, "trial1")
+    mirror = start(folder)
+    train(mirror, folder, last=50)
+    mirror.close()
+    mirror = start(folder)  # again, by the agent
+    train(mirror, folder)
+    complete(folder)
+    mirror.finished()
+    mirror.close()
+    assert server.run.config["learning-rate"]["value"] == 0.25  # as the sweep calls it
+    for environment in ("another shell", "another agent"):
+        for name in "RUN_ID SWEEP_ID PROJECT ENTITY SWEEP_PARAM_PATH".split():
+            monkeypatch.delenv(f"WANDB_{name}", raising=False)
+        if environment == "another agent":
+            as_agent(monkeypatch, "trial7", "s7")
+        server.run.attributes.pop("sweep")
+        split = "test" if environment == "another shell" else "validation"
+        mirror = start(folder)
+        evaluation = folder / "evaluation" / split
+        mirror.evaluated(split, evaluation if evaluation.exists() else complete(folder, split))
+        mirror.close()
+        assert server.run.attributes["sweep"] == "s1"
+        assert server.run.summary[f"{split}/accuracy"] == 0.96
+    assert (server.run.id, server.run.project, server.run.entity) == ("trial1", "of-s1", "team")
+    assert steps(server.run.rows) == STEPS
+    assert capfd.readouterr().err == ""
+
+
+def test_evaluation_beside_an_agent_is_not_taken_for_its_run(folder, server, monkeypatch):
+    output = complete(folder)
+    as_agent(monkeypatch, "trial7")
+    mirror = start(folder, project="p")
+    mirror.evaluated("test", output)
+    mirror.close()
+    assert "trial7" not in server.runs and server.run.project == "p"
+    assert "sweep" not in server.run.attributes
+
+
+def test_settings_that_a_sweep_tries_again_are_said_to_be_one_run(folder, monkeypatch, capfd):
+    complete(folder)
+    (folder / "wandb").mkdir()
+    sent = {"finished": "online", "test 2026-11-23T08:00:00": "online"}
+    (folder / "wandb/run.json").write_text(json.dumps({"id": "trial1", "sent": sent}))
+    as_agent(monkeypatch, "trial2")
+    send_missing(NoMirror(), folder)
+    assert "as run trial1, so run trial2 of this sweep stays empty" in assert_one_warning(capfd)
 
 
 # ------------------------------------------------------------------------------------ failures
@@ -749,7 +833,140 @@ def test_ends_after_its_job(folder, server, patience):
     assert server.run.exit_code == 1
 
 
+# ------------------------------------------------------------------------- folders of any kind
+
+
+@pytest.mark.parametrize("way", ["a file", "a loose link", "a folder in the place of its log"])
+def test_folder_that_cannot_be_written(folder, capfd, way):
+    output, home = complete(folder), folder / "wandb"
+    if way == "a file":
+        home.touch()
+    elif way == "a loose link":
+        home.symlink_to("nowhere")
+    else:
+        (home / "mirror.log").mkdir(parents=True)
+    mirror = start(folder)
+    mirror.evaluated("test", output)
+    mirror.close()
+    warning = assert_one_warning(capfd)
+    assert "has not got this: " in warning and str(home) in warning
+    assert "start the same command again" in warning and "mnist.tracking" not in warning
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a folder needs root")
+@pytest.mark.parametrize("options", ["-o ro", "-o size=4k"], ids=["read-only", "full"])
+def test_run_on_a_disk_that_takes_nothing(folder, tmp_path, options):
+    output = complete(folder)
+    shutil.move(output, output := tmp_path / "elsewhere")
+    code = "import sys; from pathlib import Path; from test_tracking import *; folder, output = "
+    code += "map(Path, sys.argv[1:]); tracking.LIMITS.patience = 0; mirror = start(folder);"
+    code += "mirror.evaluated('images-x', output); mirror.close()"
+    home = folder / "wandb"
+    home.mkdir()
+    mount = f"mount -t tmpfs {options} none {home} || exit 77\n"
+    fill = f"cat /dev/zero > {home}/filler 2> /dev/null\n" if options != "-o ro" else ""
+    script = tmp_path / "script"
+    words = shlex.join([sys.executable, "-P", "-c", code, str(folder), str(output)])
+    script.write_text(mount + fill + words)
+    env = os.environ | {"PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parents[1]}"}
+    done = subprocess.run(
+        ["unshare", "--mount", "bash", script], env=env, capture_output=True, text=True, timeout=60
+    )
+    if done.returncode == 77 or "unshare" in done.stderr:
+        pytest.skip("no mounts here")
+    (warning,) = done.stderr.splitlines()
+    reason = "Read-only file system" if options == "-o ro" else "No space left on device"
+    assert reason in warning and str(home) in warning + done.stdout
+    assert "with that solved, start the same command again" in warning
+
+
+NAMES = ["images-my digits (1)", "images-my digits [1]", "images-é", "images-ü", "👍", ".x", "..x"]
+NAMES += ["a" * 200, "a" * 199 + "b", "images-a.b", "_a", "-a", "model", "\udcff", "images-ok", ""]
+
+
+def test_every_name_has_one_of_its_own_that_wandb_takes():
+    plain = [tracking._plain(name, 64) for name in NAMES]
+    assert plain[NAMES.index("images-ok")] == "images-ok"
+    assert plain[0].startswith("images-my-digits-1-")
+    assert len(set(plain)) == len(NAMES)
+    code = "import sys; from wandb.sdk.artifacts._validators import validate_artifact_name as take"
+    code += "; [take(name) for name in sys.argv[1:]]"
+    whole = [tracking._plain(f"{name}-{'i' * 128}") for name in plain]
+    subprocess.run([sys.executable, "-c", code, *plain, *whole], check=True)
+    assert all(name.isascii() and "." not in name and name[0].isalnum() for name in plain)
+
+
+def test_images_of_any_name_are_sent(folder, server, tmp_path, capfd):
+    output = complete(folder)
+    report = json.loads((output / "report.json").read_text())
+    mirror = start(folder)
+    for place in ("a", "b"):  # two folders of one name, their reports outside of the run
+        shutil.copytree(output, elsewhere := tmp_path / place)
+        report |= {"time": place, "data": {"images": f"/{place}/my digits (1)"}}
+        (elsewhere / "report.json").write_text(json.dumps(report))
+        mirror.evaluated("images-my digits (1)", elsewhere)
+    mirror.close()
+    assert capfd.readouterr().err == ""
+    sent = [name for name in server.run.artifacts if name.startswith("images-my-digits-1-")]
+    keys = {key for key in server.run.summary if key.endswith("/accuracy")} - {
+        "train/accuracy",
+        "validation/accuracy",
+    }
+    assert len(sent) == len(keys) == 2
+
+
+DAMAGED = ["", "[]", "{", "\x00", '{"id": 7}', '{"id": "a", "sent": [1]}', '{"id": "a/b"}']
+DAMAGED += ['{"id": "a", "project": {}}', '{"id": "a", "sent": {"finished": 1}}', "{}"]
+
+
+@pytest.mark.parametrize("text", DAMAGED)
+def test_damaged_record_is_not_believed(folder, text):
+    (folder / "wandb").mkdir()
+    (folder / "wandb/run.json").write_text(text)
+    state = tracking._read_state(folder)
+    assert state.damaged and state.id is None and state.sent == {}
+
+
+def test_damaged_folder_costs_a_warning(folder, server, capfd):
+    output = complete(folder)
+    (folder / "wandb").mkdir()
+    (folder / "wandb/run.json").write_text('{"id": 7}')
+    (folder / "config.yaml").write_text("seed: 1\nseed: [")
+    (folder / "environment.json").write_text("[")
+    mirror = start(folder)
+    mirror.evaluated("test", output)
+    mirror.close()
+    warning = assert_one_warning(capfd)
+    assert "run.json is damaged" in warning and "config.yaml" in warning
+    assert server.run.summary["test/accuracy"] == 0.96
+
+
 # ---------------------------------------------------------------------------------- the rest
+
+
+@pytest.mark.parametrize("value", ["offlin", "", "OFFLINE", " offline", "shared", "true", "0"])
+def test_wrong_mode_is_refused(monkeypatch, value):
+    monkeypatch.setenv("WANDB_MODE", value)
+    for config in (TrainConfig(), EvaluateConfig()):
+        with pytest.raises(InputError, match=f"WANDB_MODE takes one of offline, .*not '{value}'"):
+            wandb_settings(config)
+    assert wandb_settings(TrainConfig(wandb="offline")).mode == "offline"
+
+
+@pytest.mark.parametrize("value", ["offline", "dryrun", "online", "run"])
+def test_modes_that_wandb_takes(folder, server, monkeypatch, value):
+    monkeypatch.setenv("WANDB_MODE", value)
+    mirror = Mirror(wandb_settings(TrainConfig()))
+    mirror.begin(folder)
+    mirror.close()
+    assert bool(server.runs) == (value in ("online", "run"))
+    assert logs(folder)
+
+
+def test_option_wins_over_a_wrong_mode(folder, server, monkeypatch, capfd):
+    monkeypatch.setenv("WANDB_MODE", "offlin")
+    start(folder, "online").close()
+    assert len(server.runs) == 1 and capfd.readouterr().err == ""
 
 
 def test_disabled(folder, monkeypatch):
