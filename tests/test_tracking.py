@@ -390,7 +390,7 @@ def test_place_of_a_run(folder, server, monkeypatch):
     assert (run.project, run.entity, run.attributes["groupName"]) == ("p", "e", "g")
     assert run.attributes["tags"] == ["a", "b"]
     for name in "PROJECT ENTITY RUN_GROUP TAGS".split():  # the same place without being told again
-        monkeypatch.delenv(f"WANDB_{name}", raising=False)
+        monkeypatch.delenv(f"WANDB_{name}")
     start(folder).close()
     assert (server.run.project, server.run.entity) == ("p", "e")
 
