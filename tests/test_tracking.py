@@ -60,6 +60,12 @@ def limits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Limits:
 
 
 @pytest.fixture
+def patient(limits: Limits) -> None:
+    """No limit for W&B that a busy machine meets: it runs at the lowest priority."""
+    limits.init, limits.finish, limits.close = 20, 30, 90
+
+
+@pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeWandb]:
     with serving() as fake:
         monkeypatch.setenv("WANDB_BASE_URL", fake.url)
@@ -571,7 +577,7 @@ def test_trial_of_the_sweep_file_is_the_run_of_its_agent(server, tmp_path, data_
     assert server.run.config["nesterov"]["value"] is True
 
 
-def test_run_stays_the_one_that_is_recorded(folder, server, monkeypatch, capfd):
+def test_run_stays_the_one_that_is_recorded(patient, folder, server, monkeypatch, capfd):
     as_agent(monkeypatch, "trial1")
     mirror = start(folder)
     train(mirror, folder, last=50)
@@ -600,7 +606,7 @@ def test_run_stays_the_one_that_is_recorded(folder, server, monkeypatch, capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_evaluation_beside_an_agent_is_not_taken_for_its_run(folder, server, monkeypatch):
+def test_evaluation_beside_an_agent_is_not_taken_for_its_run(patient, folder, server, monkeypatch):
     output = complete(folder)
     as_agent(monkeypatch, "trial7")
     mirror = start(folder, project="p")
@@ -837,7 +843,7 @@ def test_ends_after_its_job(folder, server, patience):
 
 
 @pytest.mark.parametrize("way", ["a file", "a loose link", "a folder in the place of its log"])
-def test_folder_that_cannot_be_written(folder, capfd, way):
+def test_folder_that_cannot_be_written(patient, folder, capfd, way):
     output, home = complete(folder), folder / "wandb"
     if way == "a file":
         home.touch()
@@ -859,7 +865,8 @@ def test_run_on_a_disk_that_takes_nothing(folder, tmp_path, options):
     output = complete(folder)
     shutil.move(output, output := tmp_path / "elsewhere")
     code = "import sys; from pathlib import Path; from test_tracking import *; folder, output = "
-    code += "map(Path, sys.argv[1:]); tracking.LIMITS.patience = 0; mirror = start(folder);"
+    code += "map(Path, sys.argv[1:]); limits = tracking.LIMITS; limits.patience = 0;"
+    code += "limits.close = 50; mirror = start(folder);"
     code += "mirror.evaluated('images-x', output); mirror.close()"
     home = folder / "wandb"
     home.mkdir()
@@ -896,7 +903,7 @@ def test_every_name_has_one_of_its_own_that_wandb_takes():
     assert all(name.isascii() and "." not in name and name[0].isalnum() for name in plain)
 
 
-def test_images_of_any_name_are_sent(folder, server, tmp_path, capfd):
+def test_images_of_any_name_are_sent(patient, folder, server, tmp_path, capfd):
     output = complete(folder)
     report = json.loads((output / "report.json").read_text())
     mirror = start(folder)
@@ -927,7 +934,7 @@ def test_damaged_record_is_not_believed(folder, text):
     assert state.damaged and state.id is None and state.sent == {}
 
 
-def test_damaged_folder_costs_a_warning(folder, server, capfd):
+def test_damaged_folder_costs_a_warning(patient, folder, server, capfd):
     output = complete(folder)
     (folder / "wandb").mkdir()
     (folder / "wandb/run.json").write_text('{"id": 7}')
@@ -954,7 +961,7 @@ def test_wrong_mode_is_refused(monkeypatch, value):
 
 
 @pytest.mark.parametrize("value", ["offline", "dryrun", "online", "run"])
-def test_modes_that_wandb_takes(folder, server, monkeypatch, value):
+def test_modes_that_wandb_takes(patient, folder, server, monkeypatch, value):
     monkeypatch.setenv("WANDB_MODE", value)
     mirror = Mirror(wandb_settings(TrainConfig()))
     mirror.begin(folder)
@@ -963,7 +970,7 @@ def test_modes_that_wandb_takes(folder, server, monkeypatch, value):
     assert logs(folder)
 
 
-def test_option_wins_over_a_wrong_mode(folder, server, monkeypatch, capfd):
+def test_option_wins_over_a_wrong_mode(patient, folder, server, monkeypatch, capfd):
     monkeypatch.setenv("WANDB_MODE", "offlin")
     start(folder, "online").close()
     assert len(server.runs) == 1 and capfd.readouterr().err == ""
