@@ -253,8 +253,10 @@ def _meet(cpu: bool, expected_size: int | None) -> Store | None:
     try:
         roll.wait()
     except (OSError, dist.DistError) as error:
-        if isinstance(error, socket.gaierror) or "EADDRINUSE" in str(error):
-            raise InputError(_no_world(error, _ADVICE)) from None
+        if isinstance(error, socket.gaierror):
+            raise InputError(_no_world(f"no machine is called {host}")) from None
+        if "EADDRINUSE" in str(error):
+            raise InputError(_no_world("this port is in use; choose another")) from None
         raise WorldError(_no_world(error)) from None
     assert roll.store is not None
     store = PrefixStore(f"start {restarts}", roll.store)

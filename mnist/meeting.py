@@ -101,7 +101,7 @@ class RollCall(threading.Thread):
         if self.complete:
             return None
         if time.monotonic() - self._heard > 5:
-            return f"{self._noun} 0 of {self._size}, which does not answer at {self._address}"
+            return f"{self._noun} 0 of {self._size} at {self._address}"
         if not self._missing:
             return None
         shown = ", ".join(map(str, self._missing[:8])) + (" and more" if self._missing[8:] else "")
@@ -159,7 +159,7 @@ def _say_interrupted(meanwhile: str = "") -> None:
 
 
 def _duration(seconds: float) -> str:
-    return f"{seconds / 60:.3g} min" if seconds > 120 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds > 120 else f"{seconds:.0f} s"
 
 
 class Meeting:
@@ -238,7 +238,7 @@ def open_store(host: str, port: int, size: int, serves: bool) -> Store:
                 socket.create_connection((host, port), timeout=5).close()
             break
         except OSError as error:
-            nowhere = isinstance(error, socket.gaierror)
+            nowhere = isinstance(error, socket.gaierror) and error.errno != socket.EAI_AGAIN
             if nowhere and time.monotonic() - began > _SECONDS_FOR_A_NAME:
                 raise
         time.sleep(0.1)
