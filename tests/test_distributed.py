@@ -128,6 +128,14 @@ def test_fp16_needs_a_gpu_whoever_asks_for_it(monkeypatch):
         distributed._precision("auto", CPU)
 
 
+def test_engines_that_a_launcher_was_configured_for_are_left_with_a_line(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
+    (line,) = distributed._leave_other_engines()
+    assert "ACCELERATE_USE_DEEPSPEED=true" in line
+    assert "ACCELERATE_USE_DEEPSPEED" not in os.environ
+
+
 def test_cores_are_those_of_the_affinity():
     allowed = os.sched_getaffinity(0)
     try:

@@ -388,6 +388,12 @@ def test_job_does_not_outlive_a_launcher_that_dies_early(tmp_path, data_dir):
 
 
 def test_user_s_own_expectation_of_the_world_holds(tmp_path, data_dir):
+    # Whatever Accelerate's own file says, here for other machines and by another version.
+    (tmp_path / ".nothing/accelerate").mkdir(parents=True)
+    other = (
+        "compute_environment: AMAZON_SAGEMAKER\ndistributed_type: TPU\nnum_processes: 8\nnew: 1\n"
+    )
+    (tmp_path / ".nothing/accelerate/default_config.yaml").write_text(other)
     done = run(f"{ROOT}/scripts/train --expect-world-size 3 --data-dir {data_dir}", tmp_path)
     assert done.returncode == 2
     assert "--expect-world-size 3, but 1 process" in done.stderr
