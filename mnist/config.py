@@ -651,6 +651,11 @@ def _first_sentence(box: str) -> str:
     text = re.sub(
         r"^Error parsing (\S+): invalid literal for int.*: ", r"\1 takes a whole number, not ", text
     )
+    text = re.sub(
+        r"^Error parsing (\S+): no type matching \S*INT could .* from \[(.*)\]\.?$",
+        r"\1 takes a whole number, not \2",
+        text,
+    )
     return re.sub(r"^Error parsing (\S+): could not convert .*: ", r"\1 takes a number, not ", text)
 
 

@@ -132,6 +132,7 @@ def test_every_setting_is_either_numeric_or_known_not_to_be():
     ("arguments", "expected"),
     [
         ("--batch-siz 3", "--batch-siz"),
+        ("--threads many", "--threads takes a whole number, not 'many'"),
         ("stray", "stray"),
         ("--batch-size 0", "--batch-size takes 1 to 60000, not 0"),
         ("--batch-size 1000000000000000000000", "--batch-size takes 1 to 60000"),

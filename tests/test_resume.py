@@ -413,6 +413,14 @@ def test_fresh_keeps_the_old_folder_aside(tmp_path, data_dir, monkeypatch, capsy
     assert not (tmp_path / "run.3").exists()
 
 
+def test_after_fresh_another_command_goes_on_and_is_named(tmp_path, data_dir, capsys):
+    interrupt(config(tmp_path, data_dir, fresh=True), 5)
+    assert "the same command without --fresh goes on with" in capsys.readouterr().err
+    interrupt(config(tmp_path, data_dir), 5)
+    said = capsys.readouterr()
+    assert "goes on from step 5" in said.out and "the same command again goes on with" in said.err
+
+
 def test_fresh_leaves_a_foreign_folder_alone(tmp_path, data_dir):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("mine")
