@@ -557,6 +557,7 @@ def as_agent(monkeypatch: pytest.MonkeyPatch, run_id: str, sweep: str = "s1") ->
     monkeypatch.setenv("WANDB_SWEEP_PARAM_PATH", str(parameters))
 
 
+@pytest.mark.timeout(240)
 def test_trial_of_the_sweep_file_is_the_run_of_its_agent(server, tmp_path, data_dir, monkeypatch):
     root = Path(__file__).parents[1]
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
@@ -567,7 +568,7 @@ def test_trial_of_the_sweep_file_is_the_run_of_its_agent(server, tmp_path, data_
         values |= {"runs_dir": f"{tmp_path}/runs", "data_dir": str(data_dir)}
         args = {name: {"value": value} for name, value in values.items()}
         server.trials = [{"run_id": "trial1", "args": args}]
-        subprocess.run([*program, *words], cwd=root, check=True, capture_output=True, timeout=110)
+        subprocess.run([*program, *words], cwd=root, check=True, capture_output=True, timeout=200)
     assert list(server.runs) == ["trial1"] and server.run.exit_code == 0
     assert (server.run.project, server.run.attributes["sweep"]) == ("mnist-ocr", "s1")
     (metrics,) = tmp_path.glob("runs/*/metrics.jsonl")
