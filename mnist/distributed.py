@@ -252,8 +252,8 @@ def _meet(cpu: bool, expected_size: int | None) -> Store | None:
     roll = RollCall(f"start {restarts}", "rank", rank, size, f"{host}:{port}", opens)
     try:
         roll.wait()
-    except (OSError, dist.DistError) as error:
-        if isinstance(error, socket.gaierror):
+    except (OSError, UnicodeError, dist.DistError) as error:
+        if isinstance(error, socket.gaierror | UnicodeError):
             raise InputError(_no_world(f"no machine is called {host}")) from None
         if "EADDRINUSE" in str(error):
             raise InputError(_no_world("this port is in use; choose another")) from None
@@ -446,24 +446,23 @@ def launch(
             topology += ["--rdzv_backend", _RENDEZVOUS, "--rdzv_conf", f"rank={node}"]
     # Before the user's own, which wins.
     job = [script, "--expect-world-size", str(processes), *arguments]
-    asked = False
+    asked: set[int] = set()
     terminals = open_terminals()
 
     def stop(number: int, frame: object) -> None:
-        nonlocal asked
         if number == signal.SIGHUP:
             leave(terminals)
         children = psutil.Process().children()
-        if not children:
+        if not children and not asked:  # else they have just ended, as they were asked
             os._exit(128 + number)
-        torch_tells = processes > 1 and number != signal.SIGUSR1 and not asked
+        torch_tells = processes > 1 and number != signal.SIGUSR1 and asked <= {signal.SIGUSR1}
+        asked.add(number)
         for child in children:  # they save, and their end is the launcher's
             with suppress(psutil.NoSuchProcess):
                 if not torch_tells:
                     child.send_signal(number)
                 child.send_signal(signal.SIGCONT)  # one that is stopped hears nothing else
         if torch_tells:
-            asked = True
             raise SignalException("", signal.Signals(number))  # torch tells them, and waits
 
     for number in stop_signals():
@@ -518,7 +517,7 @@ def _register_rendezvous() -> None:
                 roll = RollCall("nodes", "node", self.rank, size, f"{host}:{port}", opens)
                 try:
                     roll.wait()
-                except (OSError, dist.DistError) as error:
+                except (OSError, UnicodeError, dist.DistError) as error:
                     reason = _first_line(error)
                     raise WorldError(f"no launchers meet at {host}:{port}: {reason}") from None
                 self._store = roll.store

@@ -203,7 +203,7 @@ def write_evaluation(
         InputError: the images are damaged, the disk is full, …; earlier files are as they were.
     """
     with ExitStack() as stack:
-        aside = world.from_main(lambda: stack.enter_context(staging(output)))
+        aside = world.from_main(lambda: stack.enter_context(staging(output)), prepares=True)
         part = aside / ("predictions.csv" if world.is_main else f"part-{world.rank:05d}")
         scores = score(model, inputs, world, batch_size, part)
         if not world.is_main:

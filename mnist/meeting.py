@@ -85,8 +85,8 @@ class RollCall(threading.Thread):
                 time.sleep(pause)
                 pause = min(2 * pause, 0.2)
             self.complete = True
-        except (OSError, RuntimeError) as error:
-            self._error = error
+        except Exception as error:
+            self._error = error  # for the thread that waits
 
     def _key(self, rank: int) -> str:
         return f"{self._name}: {rank}"
@@ -113,7 +113,7 @@ class RollCall(threading.Thread):
         Raises:
             WorldError: they did not come within ten minutes.
             SystemExit: with 75: ``stop`` was requested.
-            OSError, RuntimeError: the store fails.
+            Exception: what ``open_store`` or the store has raised.
         """
         self.start()
         began, asked = time.monotonic(), math.inf
@@ -226,7 +226,7 @@ def open_store(host: str, port: int, size: int, serves: bool) -> Store:
     Torch's own attempts print traces of C++ as they fail.
 
     Raises:
-        OSError: no machine has this name.
+        OSError, UnicodeError: no machine has, or can have, this name.
         dist.DistError: the port is taken, or the store is gone again.
     """
     began = time.monotonic()

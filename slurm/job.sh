@@ -89,13 +89,18 @@ run_job() {
     step=''
     [ ! -s "$state.code" ] || code=$(<"$state.code")
 
+    local how='interrupted and saved'
+    case $asked$code in
+        # Of the signal itself, while the processes still waited for one another.
+        yes138 | yes143) code=75 how='interrupted with nothing to save' ;;
+    esac
     case $code in
         0 | 2)
             rm -f "$state.failures"
             ;;
         75)
             rm -f "$state.failures"
-            start_again 75 'interrupted and saved'
+            start_again 75 "$how"
             ;;
         *)
             echo "$code" >>"$state.failures"
