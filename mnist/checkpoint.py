@@ -7,7 +7,6 @@ each. What the files hold is the affair of those who write and read them.
 import hashlib
 import json
 import os
-import re
 import shutil
 import sys
 import time
@@ -15,6 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from mnist.config import InputError
@@ -22,6 +22,7 @@ from mnist.system import flush_to_disk
 
 _FORMAT = "mnist-checkpoint-1"
 _MANIFEST = "manifest.json"
+_NAME = "step-" + 9 * "[0-9]"  # of a checkpoint's folder, as a pattern
 
 Contents = Callable[[], dict[str, bytes]]
 """Makes the files of a checkpoint, by name."""
@@ -77,7 +78,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 def all_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints, good or not, the newest first."""
-    return sorted(folder.glob("step-" + 9 * "[0-9]"), reverse=True)
+    return sorted(folder.glob(_NAME), reverse=True)
 
 
 def read_checkpoint(checkpoint: Path) -> dict[str, bytes]:
@@ -97,7 +98,7 @@ def set_aside(checkpoint: Path, why: str) -> None:
 
 def remove_unfinished(folder: Path) -> None:
     """Remove what saves left that were killed."""
-    for left in folder.glob(".step-" + 9 * "[0-9]" + ".*[0-9]"):
+    for left in folder.glob(f".{_NAME}.*[0-9]"):
         shutil.rmtree(left, ignore_errors=True)
 
 
@@ -124,7 +125,7 @@ def enclosing_checkpoint(path: Path) -> Path | None:
     """The checkpoint that a path lies in, or is; None for any other path."""
     path = path.resolve()
     for folder in (path, *path.parents):
-        if folder.parent.name == "checkpoints" and re.fullmatch(r"step-\d{9}", folder.name):
+        if folder.parent.name == "checkpoints" and fnmatchcase(folder.name, _NAME):
             return folder
     return None
 

@@ -672,10 +672,8 @@ def exit_codes(job: str) -> Iterator[None]:
         if getattr(sys, name) is None:  # started with a closed descriptor
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         stream = getattr(sys, name)
-        if isinstance(
-            stream, io.TextIOWrapper
-        ):  # whatever cannot be written in the user's encoding
-            stream.reconfigure(errors="backslashreplace")
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # of what its encoding does not have
     code = 0
     try:
         yield

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from mnist.config import InputError
 from mnist.data import IMAGE_SHAPE, MD5, split_validation
+from mnist.report import images_of_split
 
 IMAGE_SUFFIXES = frozenset(".png .jpg .jpeg .bmp .gif .tif .tiff .webp .pgm".split())
 """The files of a folder that are its images, in small or capital letters."""
@@ -170,7 +171,7 @@ def open_mnist(
     """
     prefix = data_dir / "MNIST" / "raw" / ("t10k" if split == "test" else "train")
     inputs = open_images(Path(f"{prefix}-images-idx3-ubyte"), Path(f"{prefix}-labels-idx1-ubyte"))
-    description = f"MNIST {split} images"
+    description = images_of_split(split)
     inputs = dataclasses.replace(inputs, description=description, split=split)
     if split == "test":
         return inputs

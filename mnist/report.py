@@ -277,7 +277,7 @@ def report_of_run(run: Path, split: str) -> dict[str, Any] | None:
     try:
         if (
             report is None
-            or _subject(report) != _mnist(split)
+            or _subject(report) != images_of_split(split)
             or report["model"]["sha256"] != sha256(model)
             or report["predictions_sha256"] != sha256(folder / "predictions.csv")
             or not (folder / "report.html").exists()
@@ -288,14 +288,15 @@ def report_of_run(run: Path, split: str) -> dict[str, Any] | None:
     return report
 
 
-def _mnist(split: str) -> str:
+def images_of_split(split: str) -> str:
+    """What a report calls a split of MNIST."""
     return f"MNIST {split} images"
 
 
 def _subject(report: dict[str, Any]) -> str:
     """What a report's images are: a split of MNIST, wherever it lies, or a path."""
     data = report["data"]
-    if data["description"] in map(_mnist, SPLITS):
+    if data["description"] in map(images_of_split, SPLITS):
         return str(data["description"])
     return str(Path(data["images"]).resolve())
 
@@ -315,8 +316,7 @@ def find_place(folder: Path, images: Path, split: str | None, *, named: bool) ->
     Raises:
         InputError: the folder is another's, and there is no other; or a checkpoint.
     """
-    path = str(images.resolve())
-    subject = _mnist(split) if split else path
+    subject = images_of_split(split) if split else str(images.resolve())
     checkpoint = enclosing_checkpoint(folder)
     if checkpoint is not None:
         raise InputError(
@@ -335,7 +335,7 @@ def find_place(folder: Path, images: Path, split: str | None, *, named: bool) ->
 
 def make_room(folder: Path, split: str) -> None:
     """Move a report on other images, or files of other origin, out of a folder of the run's own."""
-    if _other_owner(folder, _mnist(split)):
+    if _other_owner(folder, images_of_split(split)):
         move_aside(folder)
 
 

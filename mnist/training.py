@@ -401,10 +401,11 @@ def finish(config: TrainConfig, world: World, painter: Painter, mirror: NoMirror
     weights = Weights(path=folder / "model.safetensors", run=folder)
     scores = _evaluate_final(config, weights, World(threads=world.threads))
     _draw_final(config, weights, rows, painter, scores)
-    if report_of_run(folder, "test"):
+    report = report_of_run(folder, "test")
+    if report:
         mirror.evaluated("test", folder / "evaluation/test")
     mirror.finished()
-    print_summary(config, rows)
+    print_summary(config, rows, report)
 
 
 def _evaluate_final(config: TrainConfig, weights: Weights, world: World) -> Scores | None:
@@ -477,10 +478,11 @@ def _sample_distortions(config: TrainConfig) -> NDArray[np.uint8]:
     return torch.stack([images, *map(denormalise, made)]).numpy()
 
 
-def print_summary(config: TrainConfig, rows: list[dict[str, Any]]) -> None:
+def print_summary(
+    config: TrainConfig, rows: list[dict[str, Any]], report: dict[str, Any] | None
+) -> None:
     """The end of a run in a few lines: accuracy, loss, time, speed, files."""
     folder, lines = config.run_folder, [""]
-    report = report_of_run(folder, "test")
     if report:
         lines += summary(report, "test")
     last = rows[-1] if rows else {}
