@@ -18,7 +18,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from mnist.config import InputError
-from mnist.system import flush_to_disk
+from mnist.system import flush_to_disk, warn
 
 _FORMAT = "mnist-checkpoint-1"
 _MANIFEST = "manifest.json"
@@ -67,7 +67,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
         damage = find_damage(path)
         if not damage:
             return path
-        print(f"warning: {path} is skipped: {damage}", file=sys.stderr, flush=True)
+        warn(f"{path} is skipped: {damage}")
     if found:
         raise InputError(
             f"{folder}: none of its {len(found)} checkpoints is good, see above; "
@@ -202,7 +202,7 @@ class Saver:
             verified()
             self._prune(step)
         except OSError as error:
-            self._say(f"warning: no checkpoint of step {step} in {self._folder}: {error.strerror}")
+            warn(f"no checkpoint of step {step} in {self._folder}: {error.strerror}")
             if not self._failing:
                 self._say(self._consequence())
         else:

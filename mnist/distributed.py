@@ -36,7 +36,7 @@ from mnist.meeting import (
     contact,
     open_store,
 )
-from mnist.system import StopRequest, leave, open_terminals, stop_signals
+from mnist.system import StopRequest, leave, open_terminals, stop_signals, warn
 from mnist.threads import choose, set_threads, usable_cores
 
 T = TypeVar("T")
@@ -206,7 +206,7 @@ def connect(config: TrainConfig | EvaluateConfig, stop: StopRequest | None = Non
             meeting = Meeting(rank, size, store or _get_default_store(), stop)
     world = World(rank=rank, size=size, device=accelerator.device, threads=threads, meeting=meeting)
     for line in lines if world.is_main else ():
-        print(f"warning: {line}", file=sys.stderr, flush=True)
+        warn(line)
     # One for all: machines may differ in what they multiply natively.
     precision = world.from_main(lambda: _precision(config.precision, world.device), prepares=True)
     return dataclasses.replace(world, precision=PRECISIONS[precision])

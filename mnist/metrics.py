@@ -10,6 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from mnist.config import InputError
+from mnist.system import warn
 
 KEYS = frozenset("step epoch images train/loss train/accuracy images_per_second".split())
 """What every row has; see ``training.fit``."""
@@ -47,7 +48,7 @@ class Tracker:
             ) from None
         rows = parse_rows(before)
         if lost or len(rows) < len(before.splitlines()):
-            _warn(f"{path} has lost rows")
+            warn(f"{path} has lost rows")
         self._epochs = epochs
         self._images = 0
         self._epoch = _nothing()
@@ -149,12 +150,12 @@ def read_metrics(path: Path, keys: Collection[str] = KEYS) -> list[dict[str, Any
     try:
         contents = path.read_bytes()
     except OSError as error:
-        _warn(f"{path}: {error.strerror}: no curves without its rows")
+        warn(f"{path}: {error.strerror}: no curves without its rows")
         return []
     rows = parse_rows(contents, keys)
     lines = len(contents.splitlines())
     if len(rows) < lines:
-        _warn(f"{path} is damaged: {len(rows)} of its {lines} lines are rows")
+        warn(f"{path} is damaged: {len(rows)} of its {lines} lines are rows")
     return rows
 
 
@@ -169,7 +170,3 @@ def parse_rows(contents: bytes, keys: Collection[str] = KEYS) -> list[dict[str, 
         if isinstance(row, dict) and all(isinstance(row.get(key), int | float) for key in keys):
             rows.append(row)
     return rows
-
-
-def _warn(line: str) -> None:
-    print(f"warning: {line}", file=sys.stderr, flush=True)

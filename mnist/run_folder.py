@@ -4,7 +4,6 @@ import contextlib
 import errno
 import json
 import os
-import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from mnist.checkpoint import (
 )
 from mnist.config import InputError, TrainConfig, numeric_settings, option, read_yaml, to_yaml
 from mnist.distributed import World, environment
-from mnist.system import move_aside, write_file
+from mnist.system import move_aside, warn, write_file
 
 _LOCK_SECONDS = 10.0  # a killed process may need some to end
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}  # says a file system
@@ -138,11 +137,9 @@ def _hold(folder: Path, stack: ExitStack) -> None:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-        print(
-            f"warning: {folder.parent}: its file system has no locks ({error.strerror}); do not "
-            "start this run twice at once",
-            file=sys.stderr,
-            flush=True,
+        warn(
+            f"{folder.parent}: its file system has no locks ({error.strerror}); do not start this "
+            "run twice at once"
         )
 
 
@@ -182,11 +179,9 @@ def _record_environment(path: Path, world: World, start: Start) -> None:
     brief = {name: now[name] for name in ("world_size", "threads", "device", "precision")}
     for name, value in brief.items():
         if starts and starts[-1].get(name, value) != value:
-            print(
-                f"warning: goes on with {name} {value} instead of {starts[-1][name]}: results can "
-                "differ in the last bits",
-                file=sys.stderr,
-                flush=True,
+            warn(
+                f"goes on with {name} {value} instead of {starts[-1][name]}: results can differ in "
+                "the last bits"
             )
     starts.append({"step": start.step} | brief)
     write_file(path, json.dumps(now | {"starts": starts}, indent=2) + "\n")

@@ -122,6 +122,11 @@ def _ignore(number: int, frame: object) -> None:
     pass
 
 
+def warn(line: str) -> None:
+    """Say it to whoever reads the job's messages, at once."""
+    print(f"warning: {line}", file=sys.stderr, flush=True)
+
+
 def write_file(path: Path, contents: bytes | str) -> None:
     """Replace ``path`` in one step; a reader, or a crash, meets the old contents or the new."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -166,11 +171,9 @@ def flush_to_disk(path: Path) -> None:
             os.close(descriptor)
     if not (flushed or _warned):
         _warned = True
-        print(
-            f"warning: {path}: its file system cannot flush this to disk; a crash loses nothing, "
-            "a power cut may lose what was written last",
-            file=sys.stderr,
-            flush=True,
+        warn(
+            f"{path}: its file system cannot flush this to disk; a crash loses nothing, a power "
+            "cut may lose what was written last"
         )
 
 

@@ -61,7 +61,7 @@ from mnist.model import MLP, load_model, model_bytes, save_model
 from mnist.report import SPLITS, Example, make_room, report_of_run, sha256
 from mnist.run_folder import Start, checkpoints_of, open_run_folder, refuse_other_run
 from mnist.step import Learner
-from mnist.system import StopRequest, die_with_launcher, flush_to_disk
+from mnist.system import StopRequest, die_with_launcher, flush_to_disk, warn
 from mnist.tracking import NoMirror, send_missing
 
 _VALIDATION_BATCH = 4096  # large enough for full speed; the activations stay in megabytes
@@ -487,7 +487,7 @@ def print_summary(
         lines += summary(report, "test")
     last = rows[-1] if rows else {}
     if last.get("epoch") != config.epochs or not last.get("seconds"):
-        print(f"warning: {folder / 'metrics.jsonl'} has lost its last row", file=sys.stderr)
+        warn(f"{folder / 'metrics.jsonl'} has lost its last row")
     else:
         if "validation/loss" in last:
             accuracy, loss = last["validation/accuracy"], last["validation/loss"]
