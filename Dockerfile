@@ -44,7 +44,7 @@ RUN --mount=type=bind,source=mnist,target=/app/mnist \
     --mount=type=cache,target=/fetched <<'SCRIPT'
 mkdir data
 [ -n "$WITH_DATA" ] || exit 0
-.venv/bin/python -c 'import mnist.data, pathlib; mnist.data.fetch_mnist(pathlib.Path("/fetched"))'
+.venv/bin/python -c 'import mnist.fetch, pathlib; mnist.fetch.fetch_mnist(pathlib.Path("/fetched"))'
 cp -r /fetched/MNIST data
 SCRIPT
 

@@ -11,7 +11,8 @@ from mnist.system import die_with_launcher, end_quietly_when_interrupted
 
 if __name__ == "__main__":
     end_quietly_when_interrupted()  # before what takes long to import
-    from mnist.config import exit_codes, parse_evaluate_config
+    from mnist.cli import exit_codes
+    from mnist.evaluation.config import parse_evaluate_config
 
     with exit_codes("evaluate.py"):
         die_with_launcher()
@@ -19,6 +20,6 @@ if __name__ == "__main__":
 
         surroundings()  # before torch is imported
         config = parse_evaluate_config(sys.argv[1:])
-        from mnist.evaluation import evaluate
+        from mnist.evaluation.job import evaluate
 
         evaluate(config)

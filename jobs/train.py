@@ -13,20 +13,21 @@ from mnist.system import die_with_launcher, end_quietly_when_interrupted
 
 if __name__ == "__main__":
     end_quietly_when_interrupted()  # before what takes long to import
-    from mnist.config import exit_codes, parse_train_config
+    from mnist.cli import exit_codes
+    from mnist.training.config import parse_train_config
 
     with exit_codes("train.py"):
         die_with_launcher()
         from mnist.figures import Painter
+        from mnist.runs.mirror import NoMirror, WandbSettings, open_mirror
         from mnist.threads import surroundings
-        from mnist.tracking import NoMirror, open_mirror, wandb_settings
 
         surroundings()  # before torch is imported
         config = parse_train_config(sys.argv[1:])
         is_main = os.environ.get("RANK", "0") == "0"
         # They import Matplotlib and W&B on another core while this process imports torch.
-        mirror = open_mirror(wandb_settings(config)) if is_main else NoMirror()
+        mirror = open_mirror(WandbSettings.of(config)) if is_main else NoMirror()
         with Painter() if is_main else contextlib.nullcontext() as painter:
-            from mnist.training import train
+            from mnist.training.job import train
 
             train(config, painter, mirror)

@@ -1,22 +1,16 @@
-"""The one place that knows Accelerate: launch, world, device, precision and threads."""
+"""The one place that knows Accelerate: the world of processes, device, precision and threads."""
 
 import dataclasses
 import gc
-import logging
 import os
-import platform
 import re
-import signal
 import socket
-import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Protocol, TypeVar, cast
 
 import psutil
 import torch
@@ -27,24 +21,14 @@ from torch import distributed as dist
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import _get_default_store
 
-from mnist.config import EXIT_CODE_FILE, EvaluateConfig, InputError, TrainConfig, WorldError
-from mnist.meeting import (
-    COLLECTIVE_TIMEOUT,
-    PATIENCE_SECONDS,
-    Meeting,
-    RollCall,
-    contact,
-    open_store,
-)
-from mnist.system import StopRequest, leave, open_terminals, stop_signals, warn
-from mnist.threads import choose, set_threads, usable_cores
+from mnist.cli import InputError, WorldError
+from mnist.meeting import COLLECTIVE_TIMEOUT, Meeting, RollCall, contact, open_store
+from mnist.system import StopRequest, warn
+from mnist.threads import choose, set_threads
 
 T = TypeVar("T")
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-_RENDEZVOUS = "patient"  # of the launchers of several nodes
 
 _ADVICE = "several CPU processes need `scripts/train --processes N` or a line of the README"
 
@@ -158,13 +142,27 @@ class World:
         return cast(list[T], results)
 
 
-def connect(config: TrainConfig | EvaluateConfig, stop: StopRequest | None = None) -> World:
+class JobSettings(Protocol):
+    """What the settings of every job say of its world."""
+
+    @property
+    def precision(self) -> str: ...
+    @property
+    def threads(self) -> int | None: ...
+    @property
+    def expect_world_size(self) -> int | None: ...
+
+
+def connect(
+    config: JobSettings, stop: StopRequest | None = None, threads_in_file: int | None = None
+) -> World:
     """Form the world that the launcher laid out and settle device, precision and threads.
 
     Args:
         config: the settings.
         stop: what ends a process that waits for others before all of them work. Until this
             returns, that is left to signals themselves.
+        threads_in_file: what a --config says, which was perhaps written on another machine.
 
     Raises:
         InputError: the world is not the one asked for, or fp16 without a GPU.
@@ -174,9 +172,8 @@ def connect(config: TrainConfig | EvaluateConfig, stop: StopRequest | None = Non
         # A job imports without garbage collection; what imports made need not be traversed again.
         gc.freeze()
         gc.enable()
-    from_file = config.threads_in_file if isinstance(config, TrainConfig) else None
-    processes = _environment_number("LOCAL_WORLD_SIZE", 1)
-    wanted, lines = choose(config.threads, from_file, processes)
+    processes = environment_number("LOCAL_WORLD_SIZE", 1)
+    wanted, lines = choose(config.threads, threads_in_file, processes)
     threads = set_threads(wanted)
     if threads < wanted:
         lines.append(f"OpenMP gives {threads} of {wanted} threads here")
@@ -197,7 +194,7 @@ def connect(config: TrainConfig | EvaluateConfig, stop: StopRequest | None = Non
         raise WorldError(_no_world(error)) from None
     size = accelerator.num_processes
     _check_world_size(size, config.expect_world_size)
-    rank = _environment_number("RANK", accelerator.process_index, least=0)
+    rank = environment_number("RANK", accelerator.process_index, least=0)
     if rank != accelerator.process_index:
         raise InputError(f"RANK={rank}, but this is process {accelerator.process_index}; {_ADVICE}")
     meeting = None
@@ -233,7 +230,7 @@ def _meet(cpu: bool, expected_size: int | None) -> Store | None:
         The store, or None where Accelerate is to form the world: without what says where to meet;
         and after restarts on several machines, whose launchers may count them differently.
     """
-    size = _environment_number("WORLD_SIZE", 1)
+    size = environment_number("WORLD_SIZE", 1)
     host = os.environ.get("MASTER_ADDR", "")
     told = host and os.environ.get("RANK") and (cpu or os.environ.get("LOCAL_RANK"))
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -241,8 +238,8 @@ def _meet(cpu: bool, expected_size: int | None) -> Store | None:
     if size == 1 or not told or dist.is_initialized() or (restarts != "0" and not one_machine):
         return None
     _check_world_size(size, expected_size)
-    rank = _environment_number("RANK", 0, least=0)
-    port = _environment_number("MASTER_PORT", 29500)  # without one, Accelerate takes this
+    rank = environment_number("RANK", 0, least=0)
+    port = environment_number("MASTER_PORT", 29500)  # without one, Accelerate takes this
     os.environ["MASTER_PORT"] = str(port)
     if rank >= size or port > 65535:
         raise InputError(_no_world("there is no such rank or port", _ADVICE))
@@ -275,15 +272,21 @@ def _meet(cpu: bool, expected_size: int | None) -> Store | None:
 def _no_world(reason: object, advice: str | None = None) -> str:
     names = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
     told = " ".join(f"{name}={os.environ.get(name)}" for name in names)
-    why = f"no world forms from {told}: {_first_line(reason)}"
+    why = f"no world forms from {told}: {first_line(reason)}"
     return why if advice is None else f"{why}; {advice}"
 
 
-def _first_line(error: object) -> str:
+def first_line(error: object) -> str:
+    """Of what torch has to say, which may go on with a trace."""
     return str(error).splitlines()[0]
 
 
-def _environment_number(name: str, default: int, least: int = 1) -> int:
+def environment_number(name: str, default: int, least: int = 1) -> int:
+    """A number that a launcher or scheduler has put into the environment.
+
+    Raises:
+        InputError: what is there is none, or too small.
+    """
     text = os.environ.get(name, str(default))
     if not text.isdecimal() or int(text) < least:
         raise InputError(f"{name}={text} in the environment is not a number of {least} or more")
@@ -296,7 +299,7 @@ def _check_world_size(size: int, expected: int | None) -> None:
             f"--expect-world-size {expected}, but {size} process(es) train together; {_ADVICE}"
         )
     for variable in _WORLD_SIZE_VARIABLES:
-        asked = _environment_number(variable, size)
+        asked = environment_number(variable, size)
         # A SLURM step may have one task, a launcher of several processes, per node.
         if asked > size or (asked < size and variable == "WORLD_SIZE"):
             told = f"{variable}={asked}"
@@ -346,7 +349,7 @@ def _processes_asked_of_accelerate() -> int:
 
 def _precision(setting: str, device: torch.device) -> str:
     if setting == "auto":
-        launcher = _launcher_precision()
+        launcher = launcher_precision()
         if launcher != "no":  # "no" is also what a launcher writes that was told nothing
             setting = launcher
         else:
@@ -356,7 +359,12 @@ def _precision(setting: str, device: torch.device) -> str:
     return setting
 
 
-def _launcher_precision() -> str:
+def launcher_precision() -> str:
+    """What the launcher was told, or "no".
+
+    Raises:
+        InputError: it is one that this project does not have.
+    """
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in ("no", "bf16", "fp16"):
         raise InputError(f"--mixed_precision {precision} is not supported: no, bf16 or fp16")
@@ -376,162 +384,15 @@ def widest_float(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def environment(world: World) -> dict[str, Any]:
-    """What a job runs on: processes, hardware, versions."""
-    return {
-        "world_size": world.size,
-        "device": world.device.type,
-        "hardware": _hardware(world.device),
-        "precision": world.precision_name,
-        "threads": world.threads,
-        "usable_cores": usable_cores(),
-        "platform": platform.platform(),
-        "commit": _commit(),
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "accelerate", "numpy")},
-    }
-
-
-def _hardware(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return str(torch.cpu.get_capabilities().get("cpu_name") or platform.processor())
-
-
-def _commit() -> str | None:
-    """The commit of the source tree that this package runs from, if it runs from one."""
-    root = Path(__file__).parent.parent
-    if not (root / ".git").exists():
-        return None
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def launch(
-    script: str, arguments: list[str], processes: int | None, rendezvous: str | None = None
-) -> int:
-    """Run `accelerate launch script arguments` in this process.
-
-    Args:
-        processes: the size of the world; by default all GPUs, or one process where there are none.
-        rendezvous: address and port of the first node, where the launchers of a SLURM step meet,
-            of which each node has one.
-
-    Returns:
-        The exit code of the job itself, which Accelerate turns into a 1 and a traceback.
+def accelerate_launch(words: Sequence[str]) -> None:
+    """Run ``accelerate launch`` with these words in this process, whose handlers of signals stay.
 
     Raises:
-        WorldError: the launchers of several nodes do not meet.
+        subprocess.CalledProcessError, torch's ChildFailedError: the job failed.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    logging.disable()  # the launchers' own lines; the job's are its own process's
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # traces, where a store has gone
-    processes = processes or max(1, torch.accelerator.device_count())
-    machines = _environment_number("SLURM_STEP_NUM_NODES", 1) if rendezvous else 1
-    topology = ["--num_processes", str(processes), "--num_machines", str(machines)]
-    topology += ["--mixed_precision", _launcher_precision(), "--dynamo_backend", "no"]
-    if processes > 1:  # --multi_gpu is the launcher that forms a world, on CPUs too
-        address, _, port = (rendezvous or ":0").rpartition(":")
-        topology += ["--multi_gpu", "--main_process_port", port]
-        if machines > 1:
-            _register_rendezvous()
-            node = str(_environment_number("SLURM_NODEID", 0, least=0))
-            topology += ["--main_process_ip", address, "--machine_rank", node]
-            topology += ["--rdzv_backend", _RENDEZVOUS, "--rdzv_conf", f"rank={node}"]
-    # Before the user's own, which wins.
-    job = [script, "--expect-world-size", str(processes), *arguments]
-    asked: set[int] = set()
-    terminals = open_terminals()
-
-    def stop(number: int, frame: object) -> None:
-        if number == signal.SIGHUP:
-            leave(terminals)
-        children = psutil.Process().children()
-        if not children and not asked:  # else they have just ended, as they were asked
-            os._exit(128 + number)
-        torch_tells = processes > 1 and number != signal.SIGUSR1 and asked <= {signal.SIGUSR1}
-        asked.add(number)
-        for child in children:  # they save, and their end is the launcher's
-            with suppress(psutil.NoSuchProcess):
-                if not torch_tells:
-                    child.send_signal(number)
-                child.send_signal(signal.SIGCONT)  # one that is stopped hears nothing else
-        if torch_tells:
-            raise SignalException("", signal.Signals(number))  # torch tells them, and waits
-
-    for number in stop_signals():
-        signal.signal(number, stop)
-    with tempfile.TemporaryDirectory() as aside:
-        # The user's own file may be for DeepSpeed, TPUs or SageMaker, or of another version.
-        plain = Path(aside) / "accelerate.yaml"
-        plain.write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\n")
-        own_code_file = Path(aside) / "code"
-        own_code_file.touch()
-        code_file = Path(os.environ.setdefault(EXIT_CODE_FILE, str(own_code_file)))
-        topology += ["--config_file", str(plain)]
-        options = launch_command_parser().parse_args([*topology, *job])
-        # Torch's handlers would replace these, and not wake up a worker that is stopped.
-        options.signals_to_handle = "SIGQUIT"
-        try:
-            launch_command(options)
-        except subprocess.CalledProcessError as error:
-            return _shell_code(error.returncode)
-        except ChildFailedError as error:
-            return _shell_code(error.get_first_failure()[1].exitcode)
-        except SignalException as error:  # the workers were given time to end
-            return int(code_file.read_text() or 128 + error.sigval)
-        except ConnectionError as error:
-            if error.errno is not None:
-                raise
-            raise WorldError(f"port {port} of this machine is in use by another program") from None
-        finally:
-            if code_file == own_code_file:
-                del os.environ[EXIT_CODE_FILE]
-    return 0
-
-
-def _register_rendezvous() -> None:
-    """Have the launchers of several nodes meet as torch's "static" ones do, but for minutes, saying
-    for whom they wait, and heeding signals."""
-    from torch.distributed.elastic.rendezvous import (
-        RendezvousInfo,
-        RendezvousParameters,
-        rendezvous_handler_registry,
-    )
-    from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
-
-    class Rendezvous(StaticTCPRendezvous):
-        def get_backend(self) -> str:
-            return _RENDEZVOUS
-
-        def next_rendezvous(self) -> RendezvousInfo:
-            if self._store is None:
-                host, port, size = self.master_addr, self.master_port, self.world_size
-                opens = partial(open_store, host, port, size, self.rank == 0)
-                roll = RollCall("nodes", "node", self.rank, size, f"{host}:{port}", opens)
-                try:
-                    roll.wait()
-                except (OSError, UnicodeError, dist.DistError) as error:
-                    reason = _first_line(error)
-                    raise WorldError(f"no launchers meet at {host}:{port}: {reason}") from None
-                self._store = roll.store
-            return super().next_rendezvous()
-
-    def create(parameters: RendezvousParameters) -> Rendezvous:
-        host, _, port = parameters.endpoint.rpartition(":")
-        rank = parameters.get_as_int("rank")
-        assert rank is not None
-        timeout = int(PATIENCE_SECONDS)
-        return Rendezvous(host, int(port), rank, parameters.max_nodes, parameters.run_id, timeout)
-
-    rendezvous_handler_registry.register(_RENDEZVOUS, create)
-
-
-def _shell_code(code: int) -> int:
-    return 128 - code if code < 0 else code
+    options = launch_command_parser().parse_args(list(words))
+    # Torch's handlers would replace those of the caller.
+    options.signals_to_handle = "SIGQUIT"
+    launch_command(options)

@@ -1,7 +1,8 @@
-"""Matplotlib figures from plain arrays: loss and accuracy curves, grids of predictions.
+"""All that is drawn, from plain arrays, for files, pages and W&B alike.
 
-They are drawn in a process of their own (``python -m mnist.figures``), so that Matplotlib's import,
-1.2 s, and the drawing cost training nothing. Imports no torch.
+Figures are drawn by Matplotlib, in a process of its own (``python -m mnist.figures``), so that its
+import, 1.2 s, and the drawing cost training nothing. Grids and matrices are images of Pillow's,
+which W&B takes as they are. Imports no torch.
 """
 
 import atexit
@@ -19,14 +20,17 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mnist.system import StopRequest, write_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from PIL.Image import Image
 
 _TRAIN, _VALIDATION, _MISTAKE = "#7f9fc4", "#d1495b", "#c1121f"
+_DPI = 110  # pixels per inch of a figure
 _MODEL_KEY = "Model"  # of a PNG's metadata: the SHA-256 of the model's file
 
 
@@ -89,7 +93,7 @@ def _draw_what_arrives() -> bool:
 def _new_figure(width: float, height: float) -> "Figure":
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), dpi=110)
+    return Figure(figsize=(width, height), dpi=_DPI)
 
 
 def _save(figure: "Figure", path: Path, model: str) -> None:
@@ -156,18 +160,18 @@ def _scale_logarithmically(axes: "Axes") -> None:
 
 
 def draw_predictions(
-    images: np.ndarray,
-    labels: np.ndarray,
-    predictions: np.ndarray,
-    confidences: np.ndarray,
+    images: NDArray[np.uint8],
+    labels: NDArray[np.int64],
+    predictions: NDArray[np.int64],
+    confidences: NDArray[Any],
     title: str,
     path: Path,
     model: str = "",
 ) -> None:
-    """A grid of images with label, prediction and confidence, mistakes in red, as a PNG.
+    """The grid of ``compose_grid`` under a title, as a PNG.
 
     Args:
-        images: n×28×28, 0 to 255.
+        images: see there, as for all that follow.
         labels: n digits.
         predictions: n digits.
         confidences: n probabilities of the predictions, 0 to 1.
@@ -175,34 +179,16 @@ def draw_predictions(
         path: the file to make.
         model: the SHA-256 of the model that it is of; see ``model_of_figure``.
     """
-    columns = 8
-    rows = -(-len(images) // columns)
-    # One image of all the images, on a grid with room for two lines of text above each: 32 axes
-    # take five times as long to draw.
-    width, height, text = 42, 46, 16
-    sheet = np.zeros((rows * height, columns * width), np.uint8)
-    figure = _new_figure(1.2 * columns, 1.31 * rows + 0.4)
-    figure.suptitle(title, fontsize=11)
-    axes = figure.add_axes((0, 0, 1, 1.31 * rows / (1.31 * rows + 0.4)))
-    axes.set_axis_off()
-    for index, (image, label, prediction, confidence) in enumerate(
-        zip(images, labels, predictions, confidences, strict=True)
-    ):
-        top, left = height * (index // columns), width * (index % columns)
-        sheet[top + text : top + text + 28, left + 7 : left + 35] = image
-        axes.text(
-            left + width / 2,
-            top + text - 1,
-            f"label {label}\npredicted {prediction}, {confidence:.1%}",
-            ha="center",
-            fontsize=8,
-            color="black" if label == prediction else _MISTAKE,
-        )
-    axes.imshow(sheet, cmap="gray_r", vmin=0, vmax=255, aspect="auto", interpolation="nearest")
+    grid = np.asarray(compose_grid(images, labels, predictions, confidences))
+    height, width, _ = grid.shape
+    head = 40  # pixels
+    figure = _new_figure(width / _DPI, (height + head) / _DPI)
+    figure.suptitle(title, fontsize=11, y=1 - head / 2 / (height + head), va="center")
+    figure.figimage(grid)  # pixel by pixel
     _save(figure, path, model)
 
 
-def draw_distortions(images: np.ndarray, title: str, path: Path, model: str = "") -> None:
+def draw_distortions(images: NDArray[np.uint8], title: str, path: Path, model: str = "") -> None:
     """Images as they are, and below each several that training makes of it, as a PNG.
 
     Args:
@@ -227,6 +213,67 @@ def draw_distortions(images: np.ndarray, title: str, path: Path, model: str = ""
     axes.imshow(sheet, cmap="gray_r", vmin=0, vmax=255, aspect="auto", interpolation="nearest")
     axes.axhline(tile + gap / 2 - 0.5, color=_TRAIN, linewidth=1)
     _save(figure, path, model)
+
+
+def compose_grid(
+    images: NDArray[np.uint8],
+    labels: NDArray[np.int64],
+    predictions: NDArray[np.int64],
+    confidences: NDArray[Any],
+) -> "Image":
+    """Images with label, prediction and confidence, eight in a row, mistakes framed in red.
+
+    Args:
+        images: n×28×28, 0 to 255.
+        labels: n digits.
+        predictions: n digits.
+        confidences: n probabilities of the predictions, 0 to 1.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    columns, width, height, side = 8, 104, 126, 84
+    size = (columns * width, -(-len(images) // columns) * height)
+    sheet, font = Image.new("RGB", size, "white"), ImageFont.load_default(12)
+    draw = ImageDraw.Draw(sheet)
+    for index, (image, label, prediction, confidence) in enumerate(
+        zip(images, labels, predictions, confidences, strict=True)
+    ):
+        left, top = width * (index % columns) + 10, height * (index // columns) + 5
+        color = "black" if label == prediction else _MISTAKE
+        picture = Image.fromarray(255 - image).resize((side, side), Image.Resampling.NEAREST)
+        sheet.paste(picture, (left, top))
+        if label != prediction:
+            draw.rectangle((left - 2, top - 2, left + side + 1, top + side + 1), None, color, 2)
+        text = f"label {label}\nsays {prediction}, {confidence:.1%}"
+        draw.multiline_text((left, top + side + 2), text, color, font, spacing=1)
+    return sheet
+
+
+def compose_confusion(counts: NDArray[np.int64]) -> "Image":
+    """The confusion matrix, labels down, predictions across, 10×10 counts; it looks as that of
+    ``report.html``: mistakes, a few in a thousand, have the scale of colours for themselves."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    cell, margin = 46, 46
+    side = margin + 10 * cell + 1
+    sheet, font = Image.new("RGB", (side, side), "white"), ImageFont.load_default(13)
+    draw = ImageDraw.Draw(sheet)
+    for digit in range(10):
+        middle = margin + (digit + 0.5) * cell
+        draw.text((middle, margin / 2), str(digit), "black", font, "mm")
+        draw.text((margin / 2, middle), str(digit), "black", font, "mm")
+    most = (counts - np.diag(counts.diagonal())).max()
+    for (label, prediction), count in np.ndenumerate(counts):
+        fill = "#f3f5f7" if label == prediction else "white"
+        if count and label != prediction:
+            share = 0.1 + 0.6 * count / most
+            mixed = 255 * (1 - share) + np.array([224, 83, 60]) * share
+            fill = "#{:02x}{:02x}{:02x}".format(*mixed.astype(int))
+        left, top = margin + prediction * cell, margin + label * cell
+        draw.rectangle((left, top, left + cell, top + cell), fill, "#d5dae0")
+        if count:
+            draw.text((left + cell / 2, top + cell / 2), f"{count}", "black", font, "mm")
+    return sheet
 
 
 if __name__ == "__main__":

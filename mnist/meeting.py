@@ -20,7 +20,7 @@ from typing import cast
 from torch import distributed as dist
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
-from mnist.config import EXIT_CODE_FILE, WorldError
+from mnist.cli import EXIT_CODE_FILE, WorldError
 from mnist.system import StopRequest
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(seconds=60)

@@ -12,8 +12,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mnist.config import InputError, derived_seed
-from mnist.data import IMAGE_SHAPE, MEAN, STD
+from mnist.cli import InputError
+from mnist.data import IMAGE_SHAPE, MEAN, STD, derived_seed
 from mnist.system import write_file
 
 CLASSES = 10

@@ -2,14 +2,18 @@
 
 import ctypes
 import errno
+import hashlib
 import itertools
 import os
 import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
+
+import psutil
 
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 _PARENT = os.getppid()  # when this process began
@@ -118,6 +122,15 @@ def end_quietly_when_interrupted() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+def kill_tree(pid: int) -> None:
+    """Kill a process and all that descend from it, which may be in other process groups."""
+    with suppress(psutil.Error):
+        root = psutil.Process(pid)
+        for process in (*root.children(recursive=True), root):
+            with suppress(psutil.Error):
+                process.kill()
+
+
 def _ignore(number: int, frame: object) -> None:
     pass
 
@@ -138,6 +151,12 @@ def write_file(path: Path, contents: bytes | str) -> None:
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    """Of a file's contents, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def move_aside(path: Path) -> Path:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from mnist.config import InputError
+from mnist.cli import InputError
 
 if TYPE_CHECKING:
     import torch

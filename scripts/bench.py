@@ -33,18 +33,20 @@ from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 from torchvision.transforms import v2
 
-from mnist.augment import Distortion
-from mnist.config import EvaluateConfig, TrainConfig, parse_train_config
-from mnist.data import fetch_mnist, load_mnist, normalise
+from mnist.data import load_mnist, normalise
 from mnist.distributed import World, connect
-from mnist.evaluation import score
-from mnist.inputs import open_mnist
-from mnist.metrics import read_metrics
+from mnist.evaluation.config import EvaluateConfig
+from mnist.evaluation.inputs import open_mnist
+from mnist.evaluation.scoring import score
+from mnist.fetch import fetch_mnist
 from mnist.model import MLP, load_model, product
-from mnist.run_folder import open_run_folder
-from mnist.step import Learner
+from mnist.runs.metrics import read_metrics
 from mnist.system import StopRequest
-from mnist.training import fit
+from mnist.training.config import TrainConfig, parse_train_config
+from mnist.training.distortion import Distortion
+from mnist.training.job import open_run
+from mnist.training.loop import fit
+from mnist.training.step import Learner
 
 ROOT = Path(__file__).parents[1]
 JOB = str(ROOT / "jobs/train.py")
@@ -178,7 +180,7 @@ def our_training(config: TrainConfig, world: World, stop: StopRequest | None = N
 
     def seconds() -> float:
         with ExitStack() as stack:
-            fit(config, world, open_run_folder(config, world, stack), stop)
+            fit(config, world, open_run(config, world, stack), stop)
         return float(read_metrics(config.run_folder / "metrics.jsonl")[-1]["seconds"])
 
     return seconds
@@ -442,7 +444,7 @@ def processes(results: Results, options: argparse.Namespace, folder: Path) -> No
         "the same with --recipe fast": fast(),
         "and --wandb disabled": fast("--wandb", "disabled"),
         "import torch": process(sys.executable, "-c", "import torch"),
-        "import what training needs": process(sys.executable, "-c", "import mnist.training"),
+        "import what training needs": process(sys.executable, "-c", "import mnist.training.job"),
     }
     results.interleave("processes", measures, options.rounds)
     results.table("processes", {})

@@ -22,7 +22,8 @@ set -- --evaluate none --runs-dir "$MNIST_RUNS_DIR" "$@"
 # Before anything is submitted: a mistake in the options, and where the run will be.
 run=$("${python[@]}" -P - "$@" <<'END'
 import os, sys
-from mnist.config import exit_codes, parse_train_config
+from mnist.cli import exit_codes
+from mnist.training.config import parse_train_config
 with exit_codes("train.py"):
     run = parse_train_config(sys.argv[1:]).run_folder
     sys.stdout.buffer.write(os.fsencode(run))  # its bytes, whatever the locale

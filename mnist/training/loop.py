@@ -1,16 +1,14 @@
-"""The training loop, and what follows it: evaluation, figures, summary."""
+"""The training loop: which images each step takes, the step, and what is logged and saved of it."""
 
 import dataclasses
 import json
 import math
-import signal
 import sys
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,50 +17,27 @@ from safetensors.torch import load, save
 from torch import Tensor
 from torch.nn import functional
 
-from mnist.augment import Distortion
-from mnist.checkpoint import Contents, Saver
-from mnist.config import (
-    EvaluateConfig,
-    InputError,
-    TrainConfig,
-    derived_seed,
-    to_yaml,
-)
+from mnist.cli import InputError
 from mnist.data import (
     BatchedDigits,
     GlobalBatches,
     denormalise,
-    fetch_mnist,
     load_batches,
     load_mnist,
     normalise,
     rank_slice,
     split_validation,
 )
-from mnist.distributed import PRECISIONS, World, connect, widest_float
-from mnist.evaluation import (
-    Scores,
-    Weights,
-    predict,
-    score,
-    summary,
-    write_evaluation,
-)
-from mnist.figures import (
-    Painter,
-    draw_curves,
-    draw_distortions,
-    draw_predictions,
-    model_of_figure,
-)
-from mnist.inputs import Inputs, open_mnist
-from mnist.metrics import NoTracker, Tracker, read_metrics
-from mnist.model import MLP, load_model, model_bytes, save_model
-from mnist.report import SPLITS, Example, make_room, report_of_run, sha256
-from mnist.run_folder import Start, checkpoints_of, open_run_folder, refuse_other_run
-from mnist.step import Learner
-from mnist.system import StopRequest, die_with_launcher, flush_to_disk, warn
-from mnist.tracking import NoMirror, send_missing
+from mnist.distributed import PRECISIONS, World, widest_float
+from mnist.model import MLP, model_bytes
+from mnist.runs.checkpoint import Contents, Saver
+from mnist.runs.folder import Start
+from mnist.runs.metrics import NoTracker, Tracker
+from mnist.runs.mirror import NoMirror
+from mnist.system import StopRequest, flush_to_disk
+from mnist.training.config import TrainConfig, to_yaml
+from mnist.training.distortion import Distortion
+from mnist.training.step import Learner
 
 _VALIDATION_BATCH = 4096  # large enough for full speed; the activations stay in megabytes
 _GPU_STEPS_BETWEEN_LOOKS = 16  # at whether to stop: each waits for the GPU
@@ -70,61 +45,6 @@ _GPU_STEPS_BETWEEN_LOOKS = 16  # at whether to stop: each waits for the GPU
 
 Sample = tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64], NDArray[Any]]
 """n images, 28×28, their labels, predictions, and the confidences of these."""
-
-
-def train(config: TrainConfig, painter: Painter | None, mirror: NoMirror) -> None:
-    """Do the whole job: data, training, files, evaluation, summary.
-
-    A run that was interrupted goes on; one that is complete is summarised and left as it is.
-
-    Args:
-        config: the settings.
-        painter: where figures are drawn; needed on rank 0 alone.
-        mirror: where W&B gets its copy from; on rank 0 alone.
-
-    Raises:
-        InputError: the settings or the folders do not allow it.
-        SystemExit: interrupted; with 75 if that is saved, else with 1.
-    """
-    refuse_other_run(config)
-    fetch_mnist(config.data_dir)  # before processes wait for each other
-    stop = StopRequest()
-    world = connect(config, stop)
-    with stop, ExitStack() as stack:
-        die_with_launcher(by=signal.SIGTERM)  # from now on there may be work to save
-        start = world.from_main(lambda: open_run_folder(config, world, stack), prepares=True)
-        if start.complete:
-            if world.is_main:
-                print(f"{config.run_folder} is complete")
-        else:
-            mirror.begin(config.run_folder)
-            model = fit(config, world, start, stop, mirror)
-            if world.is_main:
-                save_final(model, config.run_folder / "model.safetensors")
-                # Also those that no checkpoint covers, as where none could be written.
-                mirror.rows((config.run_folder / "metrics.jsonl").stat().st_size)
-            mirror.trained()
-        if world.is_main:
-            assert painter is not None
-            finish(config, world, painter, NoMirror() if start.complete else mirror)
-            if start.complete:
-                send_missing(mirror, config.run_folder)
-            mirror.close()
-
-
-def save_final(model: MLP, path: Path) -> None:
-    """Write the final weights, by which the run is complete.
-
-    Raises:
-        InputError: the disk is full.
-    """
-    try:
-        save_model(model, path)
-    except OSError as error:
-        raise InputError(
-            f"{path}: {error.strerror}; with that solved, the same command goes on from the newest "
-            "checkpoint"
-        ) from None
 
 
 @dataclass(frozen=True)
@@ -257,7 +177,9 @@ def fit(
                 tracker = stack.enter_context(
                     Tracker(metrics, config.epochs, plan.steps, start.step, start.metrics_bytes)
                 )
-                saver = stack.enter_context(Saver(checkpoints_of(config), config.keep_checkpoints))
+                saver = stack.enter_context(
+                    Saver(config.run_folder / "checkpoints", config.keep_checkpoints)
+                )
         interval = Interval(plan, start)
         for step, (images, labels) in enumerate(load_batches(training, batches), start.step + 1):
             rate, batch_size = plan.learning_rate(step), plan.batch_size(step)
@@ -388,114 +310,3 @@ def _sample_of(share: BatchedDigits, predictions: Tensor, confidences: Tensor) -
     values = (share.labels[chosen], predictions[chosen], confidences[chosen])
     labels, digits, shares = (value.cpu().numpy() for value in values)
     return denormalise(share.images[chosen]).cpu().numpy(), labels, digits, shares
-
-
-def finish(config: TrainConfig, world: World, painter: Painter, mirror: NoMirror) -> None:
-    """Evaluate the final model and draw, as far as that is not done already; print the summary.
-
-    Reports on MNIST's splits and figures belong to the run: those of another model, as a look at a
-    checkpoint leaves them, are made anew.
-    """
-    folder = config.run_folder
-    rows = read_metrics(folder / "metrics.jsonl")
-    weights = Weights(path=folder / "model.safetensors", run=folder)
-    scores = _evaluate_final(config, weights, World(threads=world.threads))
-    _draw_final(config, weights, rows, painter, scores)
-    report = report_of_run(folder, "test")
-    if report:
-        mirror.evaluated("test", folder / "evaluation/test")
-    mirror.finished()
-    print_summary(config, rows, report)
-
-
-def _evaluate_final(config: TrainConfig, weights: Weights, world: World) -> Scores | None:
-    """Make the reports that are asked for or there already, and not on the final model; return the
-    scores on the test images if they were made."""
-    scores = None
-    folder = config.run_folder / "evaluation"
-    for split in SPLITS:
-        wanted = config.evaluate == split or (folder / split / "report.json").exists()
-        if wanted and not report_of_run(config.run_folder, split):
-            inputs = open_mnist(config.data_dir, split, config.validation_size, config.seed)
-            make_room(folder / split, split)
-            model, batch_size = load_model(weights.path), EvaluateConfig().batch_size
-            made = write_evaluation(model, weights, inputs, folder / split, world, batch_size)
-            scores = made if split == "test" else scores
-    return scores
-
-
-def _draw_final(
-    config: TrainConfig,
-    weights: Weights,
-    rows: list[dict[str, Any]],
-    painter: Painter,
-    scores: Scores | None,
-) -> None:
-    """Draw what is not there, or was drawn of another model."""
-    folder, model_sha256 = config.run_folder, sha256(weights.path)
-    figures = folder / "figures"
-    draw = partial(painter.draw, model=model_sha256)
-    curves, grid = figures / "loss_curves.png", figures / "sample_predictions.png"
-    distorted = figures / "distortions.png"
-    if rows and model_of_figure(curves) != model_sha256:
-        draw(draw_curves, rows, folder.name, curves)
-    split: Literal["test", "validation"] = "test" if config.evaluate == "test" else "validation"
-    known = split == "test" or config.validation_size > 0
-    if known and model_of_figure(grid) != model_sha256:
-        inputs = open_mnist(config.data_dir, split, config.validation_size, config.seed)
-        model = load_model(weights.path)
-        if split != "test" or scores is None:
-            scores = score(model, inputs, World(), EvaluateConfig().batch_size)
-        sample = _sample_predictions(model, inputs, scores.examples.mistakes[:8], config.seed)
-        title = f"{folder.name}: {split} images, 24 at random and the 8 most confident mistakes"
-        draw(draw_predictions, *sample, title, grid)
-    if config.distorts and model_of_figure(distorted) != model_sha256:
-        title = "Training images, and below each what distortion makes of it"
-        draw(draw_distortions, _sample_distortions(config), title, distorted)
-
-
-def _sample_predictions(model: MLP, inputs: Inputs, mistakes: list[Example], seed: int) -> Sample:
-    """Images, labels, predictions and confidences of 24 images at random, then of the mistakes."""
-    generator = torch.Generator().manual_seed(derived_seed(seed, "sample predictions"))
-    chosen = torch.randperm(len(inputs), generator=generator)[:24].tolist()
-    images = np.concatenate([inputs.images(i, i + 1) for i in chosen])
-    labels = np.concatenate([inputs.labels(i, i + 1) for i in chosen])
-    probabilities = np.exp(predict(model, images, World()))
-    return (
-        np.concatenate([images, *(e.image[None] for e in mistakes)]),
-        np.concatenate([labels, [e.label for e in mistakes]]).astype(int),
-        np.concatenate([probabilities.argmax(1), [e.prediction for e in mistakes]]).astype(int),
-        np.concatenate([probabilities.max(1), [e.confidence for e in mistakes]]),
-    )
-
-
-def _sample_distortions(config: TrainConfig) -> NDArray[np.uint8]:
-    """The first 16 training images, and six times what distortion makes of them: 7×16×28×28."""
-    images = load_mnist(config.data_dir, "train").images[:16]
-    distort = Distortion(config, torch.device("cpu"))
-    inputs = normalise(images, torch.float32)
-    made = [distort(inputs, step, len(images), slice(0, len(images))) for step in range(1, 7)]
-    return torch.stack([images, *map(denormalise, made)]).numpy()
-
-
-def print_summary(
-    config: TrainConfig, rows: list[dict[str, Any]], report: dict[str, Any] | None
-) -> None:
-    """The end of a run in a few lines: accuracy, loss, time, speed, files."""
-    folder, lines = config.run_folder, [""]
-    if report:
-        lines += summary(report, "test")
-    last = rows[-1] if rows else {}
-    if last.get("epoch") != config.epochs or not last.get("seconds"):
-        warn(f"{folder / 'metrics.jsonl'} has lost its last row")
-    else:
-        if "validation/loss" in last:
-            accuracy, loss = last["validation/accuracy"], last["validation/loss"]
-            lines.append(f"validation  accuracy {accuracy:.2%}, loss {loss:.4f}")
-        speed = last["images"] / last["seconds"]
-        lines.append(
-            f"training    {last['epoch']:.0f} epochs, {last['step']:,} steps in "
-            f"{last['seconds']:.1f} s, {speed:,.0f} images/s"
-        )
-    lines.append(f"files       {folder}")
-    print("\n".join(lines), flush=True)

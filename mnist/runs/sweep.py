@@ -1,4 +1,4 @@
-"""Summary of a sweep, however far it is: python -m mnist.sweep FOLDER, as slurm/sweep.sbatch does.
+"""Summary of a sweep, however far it is: python -m mnist.runs.sweep FOLDER, as slurm/sweep.sbatch.
 
 Writes ``summary.json`` and ``summary.txt`` into the folder, and prints the latter.
 """
@@ -13,9 +13,9 @@ from typing import Any
 
 from filelock import FileLock
 
-from mnist.config import InputError, exit_codes
-from mnist.metrics import read_metrics
-from mnist.report import report_of_run
+from mnist.cli import InputError, exit_codes
+from mnist.runs.metrics import read_metrics
+from mnist.runs.reports import report_of_run
 from mnist.system import write_file
 
 _NUMBER = re.compile(r"[0-9]{1,9}")

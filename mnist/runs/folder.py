@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,19 +13,32 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from mnist.checkpoint import (
+from mnist.cli import InputError, option, read_yaml
+from mnist.distributed import World
+from mnist.runs.checkpoint import (
     all_checkpoints,
     newest_checkpoint,
     read_checkpoint,
     remove_unfinished,
     set_aside,
 )
-from mnist.config import InputError, TrainConfig, numeric_settings, option, read_yaml, to_yaml
-from mnist.distributed import World, environment
+from mnist.runs.environment import environment
 from mnist.system import move_aside, warn, write_file
 
 _LOCK_SECONDS = 10.0  # a killed process may need some to end
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}  # says a file system
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """What decides which run a folder is of, in plain YAML types."""
+
+    all: Mapping[str, Any]
+    """What ``config.yaml`` holds."""
+    numeric: Mapping[str, Any]
+    """Those of them that change the numbers."""
+    usual: Mapping[str, Any]
+    """The defaults of these: an earlier version that did not know one did as it says."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,35 +55,38 @@ class Start:
     precision: str | None = None  # as the first start settled it
 
 
-def open_run_folder(config: TrainConfig, world: World, stack: ExitStack) -> Start:
+def open_run_folder(
+    folder: Path, settings: RunSettings, world: World, stack: ExitStack, *, fresh: bool
+) -> Start:
     """Make the run's folder, or check that it is of the same run; say where training begins.
 
     Args:
-        config: the settings.
+        folder: of the run.
+        settings: of the run.
         world: what the run runs on.
         stack: holds the folder's lock until it is closed.
+        fresh: whether to move what is there aside, instead of going on in it.
 
     Raises:
         InputError: the folder is in use, of other settings, something else, has no good checkpoint
             among its checkpoints, or cannot be written.
     """
-    folder = config.run_folder
     try:
-        if not config.fresh and _is_complete(config):
+        if not fresh and _is_complete(folder, settings):
             return Start(complete=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
         _hold(folder, stack)
-        if config.fresh and not _is_restart():
+        if fresh and not _is_restart():
             _check_is_run(folder)
             if folder.exists():
                 move_aside(folder)
-        if _is_complete(config):  # by the process that held it
+        if _is_complete(folder, settings):  # by the process that held it
             return Start(complete=True)
         folder.mkdir(exist_ok=True)
-        start = _find_start(config)
+        start = _find_start(folder)
         if start.precision == "fp16" and world.device.type == "cpu":
             raise InputError(f"{folder} is a run in fp16, which takes a GPU to go on")
-        write_file(folder / "config.yaml", yaml.safe_dump(to_yaml(config), sort_keys=False))
+        write_file(folder / "config.yaml", yaml.safe_dump(dict(settings.all), sort_keys=False))
         _record_environment(folder / "environment.json", world, start)
     except FileExistsError:
         raise InputError(f"--runs-dir {folder.parent} is not a folder") from None
@@ -79,36 +96,29 @@ def open_run_folder(config: TrainConfig, world: World, stack: ExitStack) -> Star
     return start
 
 
-def refuse_other_run(config: TrainConfig) -> None:
+def refuse_other_run(folder: Path, settings: RunSettings) -> None:
     """Before anything is fetched or waits for others.
 
     Raises:
         InputError: the folder is of a run with other settings, or not of a run.
     """
     with contextlib.suppress(OSError, yaml.YAMLError):  # said when the folder is opened
-        if not config.fresh:
-            _is_complete(config)
+        _is_complete(folder, settings)
 
 
-def _is_complete(config: TrainConfig) -> bool:
+def _is_complete(folder: Path, settings: RunSettings) -> bool:
     """Whether the run's folder has its final model.
 
     Raises:
         InputError: it is of another run, or not of a run.
     """
-    folder = config.run_folder
-    settings = folder / "config.yaml"
     _check_is_run(folder)
-    if not settings.exists():
+    if not (folder / "config.yaml").exists():
         return False
-    recorded = read_yaml(settings)
-    if not isinstance(recorded, dict):
-        raise InputError(f"{settings} is damaged: it holds no settings")
-    # What an earlier version did not know is as it is unless it is asked for.
-    recorded = numeric_settings(TrainConfig()) | recorded
+    recorded = {**settings.usual, **recorded_settings(folder)}
     changed = [
         f"{option(name)} {recorded[name]} there, {value} here"
-        for name, value in numeric_settings(config).items()
+        for name, value in settings.numeric.items()
         if recorded[name] != value
     ]
     if changed:
@@ -117,6 +127,20 @@ def _is_complete(config: TrainConfig) -> bool:
             "choose another --run-name, or --fresh to start over"
         )
     return (folder / "model.safetensors").exists()
+
+
+def recorded_settings(folder: Path) -> dict[str, Any]:
+    """What a run's ``config.yaml`` says.
+
+    Raises:
+        InputError: it holds no settings.
+        OSError: it cannot be read.
+    """
+    path = folder / "config.yaml"
+    settings = read_yaml(path)
+    if not isinstance(settings, dict):
+        raise InputError(f"{path} is damaged: it holds no settings")
+    return settings
 
 
 def _check_is_run(folder: Path) -> None:
@@ -149,9 +173,9 @@ def _is_restart() -> bool:
     return any(os.environ.get(name, "0") != "0" for name in counters)
 
 
-def _find_start(config: TrainConfig) -> Start:
+def _find_start(folder: Path) -> Start:
     """The newest good checkpoint, or the beginning."""
-    checkpoints = checkpoints_of(config)
+    checkpoints = folder / "checkpoints"
     remove_unfinished(checkpoints)
     newest = newest_checkpoint(checkpoints)
     if newest is None:
@@ -168,7 +192,7 @@ def _find_start(config: TrainConfig) -> Start:
         raise InputError(
             f"{newest} is of another version of this package; --fresh starts the run over"
         ) from None
-    print(f"{config.run_folder} goes on from step {start.step:,}", flush=True)
+    print(f"{folder} goes on from step {start.step:,}", flush=True)
     return start
 
 
@@ -195,8 +219,3 @@ def _earlier_starts(path: Path) -> list[dict[str, Any]]:
         return []
     well = isinstance(starts, list) and all(isinstance(start, dict) for start in starts)
     return starts if well else []
-
-
-def checkpoints_of(config: TrainConfig) -> Path:
-    """The folder of a run's checkpoints."""
-    return config.run_folder / "checkpoints"

@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mnist.config import InputError
+from mnist.cli import InputError
 from mnist.system import warn
 
 KEYS = frozenset("step epoch images train/loss train/accuracy images_per_second".split())

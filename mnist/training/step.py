@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils import parameters_to_vector
 
-from mnist.config import TrainConfig
 from mnist.data import rank_slice
 from mnist.distributed import World, widest_float
 from mnist.model import CLASSES, MLP, find_product
+from mnist.training.config import TrainConfig
 
 # Layers after the last one of this many weights stay in float32, the logits among them: small
 # products gain nothing in half precision (64×64 at batch 64 on a CPU: 61 us in bf16, 12 in fp32).

@@ -1,10 +1,9 @@
 """What an evaluation says: sums over images, the figures made of them, and the files they go to.
 
-Plain NumPy: scoring is in evaluation.py, the looks of the page in page.py.
+Plain NumPy: scoring is in scoring.py, the looks of the page in page.py.
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
@@ -13,16 +12,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import orjson
 import psutil
 from numpy.typing import NDArray
 
-from mnist.checkpoint import enclosing_checkpoint
-from mnist.config import InputError
-from mnist.system import flush_to_disk, move_aside, write_file
+from mnist.cli import InputError
+from mnist.runs.reports import PREDICTIONS_COLUMNS
+from mnist.system import flush_to_disk, write_file
 
 DISPUTED_TEST_LABELS = (
     *(947, 1621, 1901, 2130, 2462, 2597, 2654, 3520, 3558, 5937),
@@ -33,10 +32,6 @@ labelerrors.com)."""
 
 _BINS = 15  # of the calibration error, as in Guo et al. 2017
 _EXAMPLES = 24  # of the most confident mistakes, and of the least confident predictions
-_COLUMNS = ["index", "label", "prediction", "confidence", *(f"p{digit}" for digit in range(10))]
-
-SPLITS: tuple[Literal["test", "validation", "train"], ...] = ("test", "validation", "train")
-"""Of MNIST: the last two are what a run held out of the training images, and the rest."""
 
 
 # ------------------------------------------------------------------------------ sums over images
@@ -215,7 +210,7 @@ def candidates(
 
 def csv_header(with_files: bool) -> str:
     """The first line of ``predictions.csv``."""
-    return ",".join(_COLUMNS + ["file"] * with_files) + "\n"
+    return ",".join([*PREDICTIONS_COLUMNS] + ["file"] * with_files) + "\n"
 
 
 def csv_rows(
@@ -249,131 +244,6 @@ def csv_rows(
 
 def _quoted(text: str) -> str:
     return '"' + text.replace('"', '""') + '"' if set(text) & set(',"\r\n') else text
-
-
-# --------------------------------------------------------------------------- whose report is whose
-
-
-def read_report(folder: Path) -> dict[str, Any] | None:
-    """The ``report.json`` of a folder; None if there is none, or what there is is none of ours."""
-    try:
-        report = json.loads((folder / "report.json").read_bytes())
-        model, data = report["model"]["sha256"], report["data"]
-        if not isinstance(model, str) or not {"description", "images"} <= data.keys():
-            return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-    assert isinstance(report, dict)
-    return report
-
-
-def report_of_run(run: Path, split: str) -> dict[str, Any] | None:
-    """A run's report on a split of MNIST, if it is whole and speaks of the run's final model.
-
-    Another may be there: of a checkpoint that somebody has looked at, or half replaced.
-    """
-    folder, model = run / "evaluation" / split, run / "model.safetensors"
-    report = read_report(folder)
-    try:
-        if (
-            report is None
-            or _subject(report) != images_of_split(split)
-            or report["model"]["sha256"] != sha256(model)
-            or report["predictions_sha256"] != sha256(folder / "predictions.csv")
-            or not (folder / "report.html").exists()
-        ):
-            return None
-    except (OSError, KeyError):
-        return None
-    return report
-
-
-def images_of_split(split: str) -> str:
-    """What a report calls a split of MNIST."""
-    return f"MNIST {split} images"
-
-
-def _subject(report: dict[str, Any]) -> str:
-    """What a report's images are: a split of MNIST, wherever it lies, or a path."""
-    data = report["data"]
-    if data["description"] in map(images_of_split, SPLITS):
-        return str(data["description"])
-    return str(Path(data["images"]).resolve())
-
-
-def find_place(folder: Path, images: Path, split: str | None, *, named: bool) -> Path:
-    """The folder for a report on these images: ``folder``, or another where it is taken.
-
-    The same images, of whatever model, have their earlier report replaced. One on other images
-    stays, and so does everything that no evaluation has made.
-
-    Args:
-        folder: the place that they have by their name, or by the user's wish.
-        images: where they come from.
-        split: of MNIST, if they are its own.
-        named: whether the user has named this folder, so that no other will do.
-
-    Raises:
-        InputError: the folder is another's, and there is no other; or a checkpoint.
-    """
-    subject = images_of_split(split) if split else str(images.resolve())
-    checkpoint = enclosing_checkpoint(folder)
-    if checkpoint is not None:
-        raise InputError(
-            f"--output-dir {folder} is inside the checkpoint {checkpoint}: take another"
-        )
-    other = _other_owner(folder, subject)
-    if other and not named:
-        digest = hashlib.sha256(os.fsencode(subject)).hexdigest()[:6]
-        taken, folder = folder, folder.with_name(f"{folder.name}-{digest}")
-        print(f"{taken} has {other}, which stays: this one goes to {folder}", flush=True)
-        other = _other_owner(folder, subject)
-    if other:
-        raise InputError(f"{folder} has {other}; take another --output-dir, or move it away")
-    return folder
-
-
-def make_room(folder: Path, split: str) -> None:
-    """Move a report on other images, or files of other origin, out of a folder of the run's own."""
-    if _other_owner(folder, images_of_split(split)):
-        move_aside(folder)
-
-
-def _other_owner(folder: Path, subject: str) -> str:
-    """What is there that must not be replaced by a report on ``subject``, or ""."""
-    report = read_report(folder)
-    if report is not None:
-        found = _subject(report)
-        return "" if found == subject else f"the report on other images ({found})"
-    predictions = folder / "predictions.csv"
-    try:
-        with predictions.open("rb") as file:
-            begin = ",".join(_COLUMNS).encode()
-            if file.read(len(begin)) == begin:  # of an evaluation that was killed, or damaged
-                return ""
-        return f"a {predictions.name} of other origin"
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        raise InputError(f"{predictions}: {error.strerror}; see --output-dir") from None
-    found = next((name for name in ("report.json", "report.html") if (folder / name).exists()), "")
-    return f"a {found} of other origin" if found else ""
-
-
-def changes(earlier: dict[str, Any], report: dict[str, Any]) -> list[str]:
-    """In what a report on the same images differs from the one that it replaces."""
-    differs = {
-        "model": earlier["model"]["sha256"] != report["model"]["sha256"],
-        "precision": earlier.get("precision") != report["precision"],
-        "contents of the images": _hash_of(earlier, "images") != _hash_of(report, "images"),
-        "labels": _hash_of(earlier, "labels") != _hash_of(report, "labels"),
-    }
-    return [name for name, changed in differs.items() if changed]
-
-
-def _hash_of(report: dict[str, Any], part: str) -> str | None:
-    digest: str | None = report["data"].get(f"{part}_sha256")
-    return digest
 
 
 # ----------------------------------------------------------------------------------------- files
@@ -423,9 +293,3 @@ def publish(aside: Path, output: Path, report: dict[str, Any], page: str) -> Non
     write_file(aside / "report.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
     for name in ("predictions.csv", "report.html", "report.json"):
         (aside / name).replace(output / name)
-
-
-def sha256(path: Path) -> str:
-    """Of a file's contents, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mnist.config import TrainConfig, derived_seed
-from mnist.data import IMAGE_SHAPE, MEAN, STD
+from mnist.data import IMAGE_SHAPE, MEAN, STD, derived_seed
 from mnist.model import product
+from mnist.training.config import TrainConfig
 
 _GROUND = -MEAN / STD  # a pixel without ink, as the network gets it
 _GAP_OFFSET = 10.0  # pixels from the centre, up to which gaps lie

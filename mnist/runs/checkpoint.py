@@ -17,7 +17,7 @@ from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from mnist.config import InputError
+from mnist.cli import InputError
 from mnist.system import flush_to_disk, warn
 
 _FORMAT = "mnist-checkpoint-1"

@@ -1,0 +1,232 @@
+"""Scoring: every image exactly once, by any number of processes, and their findings together."""
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from mnist.cli import InputError
+from mnist.data import normalise, rank_slice
+from mnist.distributed import World, widest_float
+from mnist.evaluation.inputs import Inputs
+from mnist.evaluation.report import (
+    DISPUTED_TEST_LABELS,
+    Example,
+    Examples,
+    Tally,
+    candidates,
+    csv_header,
+    csv_rows,
+)
+from mnist.evaluation.suspicions import Suspicions, suspicion_warnings
+from mnist.model import MLP
+
+# Processes exchange how far they are after so many batches: often enough for a progress display,
+# and so that none waits for another longer than a collective may take.
+_ROUND_BATCHES = 8
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+@dataclass(kw_only=True)
+class Scores:
+    """What all processes together found."""
+
+    tally: Tally
+    examples: Examples
+    warnings: list[str]
+    seconds: float
+
+
+def score(
+    model: MLP, inputs: Inputs, world: World, batch_size: int, part: Path | None = None
+) -> Scores:
+    """Score every image once; every rank returns the sums over all of them.
+
+    Each rank takes a contiguous share of whole batches, so that every image meets the same
+    arithmetic in any world.
+
+    Args:
+        model: in any precision; it is moved to the world's.
+        inputs: the same on every rank.
+        world: the processes that share the work.
+        batch_size: images at once, per process.
+        part: where this rank writes its rows of ``predictions.csv``, rank 0 below the header.
+
+    Raises:
+        InputError: images are damaged, a row cannot be written, the model's output is no number.
+    """
+    batches = math.ceil(len(inputs) / batch_size)
+    share = range(batches)[rank_slice(batches, world.rank, world.size)]
+    rounds = math.ceil(math.ceil(batches / world.size) / _ROUND_BATCHES)  # of the largest share
+    scorer = _Scorer(model.to(world.device, world.precision), inputs, world, part)
+    with scorer, _progress(len(inputs), world.is_main) as show:
+        world.from_all(scorer.open, prepares=True)
+        for turn in range(rounds):
+
+            def work(numbers: range = share[turn * _ROUND_BATCHES :][:_ROUND_BATCHES]) -> int:
+                for number in numbers:
+                    start = number * batch_size
+                    scorer.score(start, min(start + batch_size, len(inputs)))
+                return scorer.images
+
+            show(sum(world.from_all(work, prepares=turn == 0)))
+        world.from_all(scorer.close)
+    scores = scorer.together()
+    scored = int(scores.tally.predicted.sum())
+    if scored != len(inputs):
+        raise RuntimeError(f"scored {scored:,} of {len(inputs):,} images")
+    return scores
+
+
+class _Scorer:
+    """One rank's part of the work."""
+
+    def __init__(self, model: MLP, inputs: Inputs, world: World, part: Path | None) -> None:
+        self.model, self.inputs, self.world, self.part = model, inputs, world, part
+        self.tally, self.examples, self.suspicions = Tally(), Examples(), Suspicions()
+        self.images = 0
+        self._started = time.perf_counter()
+        self._file: IO[bytes] | None = None
+
+    def __enter__(self) -> "_Scorer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(OSError):
+            self.close()
+
+    def open(self) -> None:
+        """Begin this rank's part of ``predictions.csv``."""
+        if self.part is not None:
+            with self._writing():
+                self._file = self.part.open("wb", 1 << 20)
+                if self.world.is_main:
+                    self._file.write(csv_header(self.inputs.files is not None).encode())
+
+    def close(self) -> None:
+        """End it."""
+        if self._file is not None:
+            with self._writing():
+                self._file.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise InputError(
+                f"{self.part}: {error.strerror}; nothing was changed; --output-dir takes storage "
+                "with enough space that all processes share"
+            ) from None
+
+    def score(self, start: int, stop: int) -> None:
+        """Score the images from ``start`` to ``stop``."""
+        images, labels = self.inputs.images(start, stop), self.inputs.labels(start, stop)
+        indices = self.inputs.indices(start, stop)
+        self.suspicions.look(images, start)
+        log_probabilities = predict(self.model, images, self.world)
+        if not np.isfinite(log_probabilities).all():
+            raise InputError(f"the model's output for images {start} to {stop - 1} is not finite")
+        disputed = np.zeros(len(indices), bool)
+        if self.inputs.is_mnist_test:
+            disputed = np.isin(indices, DISPUTED_TEST_LABELS)
+        self.tally.add(labels, log_probabilities, disputed)
+        probabilities = np.exp(log_probabilities)
+        files = None if self.inputs.files is None else self.inputs.files[start:stop]
+        if self._file is not None:
+            rows = csv_rows(indices, labels, probabilities, files)
+            with self._writing():
+                self._file.write(rows)
+        self._keep_examples(images, labels, indices, probabilities, files)
+        self.images += stop - start
+
+    def _keep_examples(
+        self,
+        images: NDArray[Any],
+        labels: NDArray[np.int64],
+        indices: NDArray[np.int64],
+        probabilities: NDArray[np.float32],
+        files: Sequence[str] | None,
+    ) -> None:
+        predictions, confidences = probabilities.argmax(1), probabilities.max(1)
+
+        def example(position: int) -> Example:
+            image = images[position]
+            return Example(
+                index=int(indices[position]),
+                file=None if files is None else files[position],
+                label=int(labels[position]) if labels[position] >= 0 else None,
+                prediction=int(predictions[position]),
+                confidence=float(confidences[position]),
+                image=image if image.dtype == np.uint8 else np.rint(image * 255).astype(np.uint8),
+            )
+
+        mistakes, least = candidates(labels, predictions, confidences)
+        self.examples.add(map(example, mistakes), map(example, least))
+
+    def together(self) -> Scores:
+        """The sums over all ranks, on every rank."""
+        sums = torch.from_numpy(self.tally.sums)
+        if self.world.size > 1:
+            reduced = sums.to(self.world.device, widest_float(self.world.device))
+            self.world.all_reduce(reduced)
+            sums.copy_(reduced)
+        examples, suspicions = Examples(), Suspicions()
+        for found, suspected in self.world.from_all(lambda: (self.examples, self.suspicions)):
+            examples.add(found.mistakes, found.least_confident)
+            suspicions.counts += suspected.counts
+            suspicions.first_dark = min(suspicions.first_dark, suspected.first_dark)
+        warnings = suspicion_warnings(suspicions.counts, suspicions.first_dark, self.inputs)
+        return Scores(
+            tally=self.tally,
+            examples=examples,
+            warnings=[*self.inputs.warnings, *warnings],
+            seconds=time.perf_counter() - self._started,
+        )
+
+
+@torch.inference_mode()
+def predict(model: Callable[[Tensor], Tensor], images: NDArray[Any], world: World) -> NDArray[Any]:
+    """Logarithms of the ten probabilities, n×10 float32.
+
+    Args:
+        model: on the world's device, in its precision.
+        images: n×28×28, uint8 of 0 to 255 or float32 of 0 to 1.
+        world: says device and precision.
+    """
+    pixels = torch.from_numpy(images).to(world.device)
+    logits = model(normalise(pixels, world.precision)).float()
+    return logits.log_softmax(1).cpu().numpy()
+
+
+@contextmanager
+def _progress(total: int, shown: bool) -> Iterator[Callable[[int], None]]:
+    """Shows how many images are scored: a bar on a terminal, elsewhere a line now and then."""
+    started = said = time.perf_counter()
+    terminal = sys.stderr.isatty()
+    disabled = not (shown and terminal)
+    with tqdm(total=total, unit=" images", unit_scale=True, disable=disabled, leave=False) as bar:
+
+        def show(scored: int) -> None:
+            nonlocal said
+            bar.update(scored - bar.n)
+            now = time.perf_counter()
+            if shown and not terminal and now - said > _SECONDS_BETWEEN_LINES:
+                said, speed = now, scored / (now - started)
+                print(
+                    f"scored {scored:,} of {total:,} images, {speed:,.0f} images/s, "
+                    f"{(total - scored) / speed:,.0f} s left",
+                    flush=True,
+                )
+
+        yield show
