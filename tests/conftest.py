@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mnist.data import fetch_mnist
+from mnist.fetch import fetch_mnist
 
 # Two threads are 10 times slower than one while another process wants a core.
 torch.set_num_threads(1)
@@ -31,3 +31,16 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         found = tmp_path_factory.mktemp("fetched")
         fetch_mnist(found)
     return found
+
+
+@pytest.fixture
+def good_dir(data_dir: Path, tmp_path: Path) -> Path:
+    """A data folder of this test's own. To damage a file, unlink it first: it may be a link."""
+    raw = tmp_path / "data" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for file in (data_dir / "MNIST" / "raw").glob("*-ubyte"):
+        try:
+            os.link(file, raw / file.name)
+        except OSError:
+            shutil.copyfile(file, raw / file.name)
+    return tmp_path / "data"

@@ -14,14 +14,15 @@ import sys
 import traceback
 from contextlib import ExitStack
 
-from mnist import training
-from mnist.config import parse_evaluate_config, parse_train_config
 from mnist.data import Digits, load_mnist
 from mnist.distributed import connect
-from mnist.evaluation import evaluate
-from mnist.run_folder import open_run_folder
+from mnist.evaluation.config import parse_evaluate_config
+from mnist.evaluation.job import evaluate
 from mnist.system import StopRequest
-from mnist.training import fit, save_final
+from mnist.training import loop
+from mnist.training.config import parse_train_config
+from mnist.training.job import open_run, save_final
+from mnist.training.loop import fit
 
 
 def free_port() -> int:
@@ -52,7 +53,7 @@ def work(job: str, options: list) -> None:
     with StopRequest() as stop, ExitStack() as stack:
         if job == "interrupt":
             stop = AtStep100(world.rank)
-        start = world.from_main(lambda: open_run_folder(config, world, stack))
+        start = world.from_main(lambda: open_run(config, world, stack))
         model = fit(config, world, start, stop)
         if world.is_main:
             save_final(model, config.run_folder / "model.safetensors")
@@ -93,7 +94,7 @@ def fork(rank: int, size: int, port: int, job: str, options: list) -> int:
 
 
 if __name__ == "__main__":
-    training.load_mnist = loader_of_first(14_000)
+    loop.load_mnist = loader_of_first(14_000)
     for size, job, options in json.load(sys.stdin):
         port = free_port()
         children = [fork(rank, size, port, job, options) for rank in range(size)]

@@ -8,8 +8,8 @@ import pytest
 import torch
 from test_jobs import LAUNCHERS
 
-from mnist import distributed
-from mnist.config import InputError
+from mnist import distributed, threads
+from mnist.cli import InputError
 from mnist.distributed import World
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -140,10 +140,10 @@ def test_cores_are_those_of_the_affinity():
     allowed = os.sched_getaffinity(0)
     try:
         os.sched_setaffinity(0, {min(allowed)})
-        assert distributed.usable_cores() == 1
+        assert threads.usable_cores() == 1
     finally:
         os.sched_setaffinity(0, allowed)
-    assert 1 <= distributed.usable_cores() <= len(allowed)
+    assert 1 <= threads.usable_cores() <= len(allowed)
 
 
 def test_world_of_one_reduces_to_itself_and_passes_errors_on():
@@ -168,7 +168,7 @@ def test_canary_torch_names_the_cpu_features_we_ask_for():
 
 RESTARTED = """
 import os, sys, time
-from mnist.config import TrainConfig
+from mnist.training.config import TrainConfig
 from mnist.distributed import connect
 
 restarts = int(os.environ["TORCHELASTIC_RESTART_COUNT"])

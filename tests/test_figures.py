@@ -9,7 +9,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from mnist.figures import Painter, draw_curves, draw_distortions, draw_predictions
+from mnist.figures import Painter, compose_grid, draw_curves, draw_distortions, draw_predictions
 
 ROWS = [
     {"epoch": 0.5, "train/loss": 2.0, "train/accuracy": 0.3},
@@ -47,9 +47,13 @@ def test_mistakes_are_red(tmp_path):
 @pytest.mark.parametrize("count", [1, 8, 9])
 def test_grid_grows_with_the_sample(tmp_path, count):
     draw_predictions(*sample(count), "title", tmp_path / "deep" / "grid.png")
-    height = Image.open(tmp_path / "deep" / "grid.png").height
+    image = Image.open(tmp_path / "deep" / "grid.png")
     rows = -(-count // 8)
-    assert height == pytest.approx(110 * (1.31 * rows + 0.4), abs=2)
+    assert image.size == pytest.approx((8 * 104, 126 * rows + 40), abs=1)
+    # Below the title it is, pixel by pixel, what W&B gets.
+    grid = compose_grid(*sample(count))
+    shown = np.asarray(image.convert("RGB"))[-grid.height :, : grid.width]
+    assert np.array_equal(shown, np.asarray(grid))
 
 
 def test_distortions_lie_below_their_images(tmp_path):

@@ -13,9 +13,9 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-from mnist.distributed import usable_cores
-from mnist.metrics import read_metrics
 from mnist.model import MLP
+from mnist.runs.metrics import read_metrics
+from mnist.threads import usable_cores
 
 pytestmark = pytest.mark.launch
 

@@ -15,7 +15,7 @@ import pytest
 from torch.distributed import HashStore
 
 from mnist import meeting
-from mnist.config import WorldError
+from mnist.cli import WorldError
 from mnist.meeting import RollCall
 from mnist.system import StopRequest
 
@@ -72,7 +72,9 @@ LATE = """
 import datetime, json, os, sys, time
 sys.path.insert(0, sys.argv[1])
 import fork_worlds
-from mnist import distributed, evaluation, training
+from mnist import distributed
+from mnist.evaluation import job
+from mnist.training import loop
 
 distributed.COLLECTIVE_TIMEOUT = datetime.timedelta(seconds=1.5)
 def late(function):
@@ -83,8 +85,8 @@ def late(function):
     return wrapped
 
 fork_worlds.connect = late(fork_worlds.connect)
-training.load_mnist = late(fork_worlds.loader_of_first(2000))
-evaluation.open_inputs = late(evaluation.open_inputs)
+loop.load_mnist = late(fork_worlds.loader_of_first(2000))
+job.open_inputs = late(job.open_inputs)
 train, evaluate = json.loads(sys.argv[2])
 for job, options in (("train", train), ("evaluate", [evaluate])):
     port = fork_worlds.free_port()

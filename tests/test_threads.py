@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from mnist import threads
-from mnist.config import RECIPES, parse_train_config
 from mnist.threads import Surroundings, choose
+from mnist.training.config import RECIPES, parse_train_config
 
 # What a job does, or a program that has loaded torch before; then a product of known value.
 PROGRAM = """

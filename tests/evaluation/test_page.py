@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mnist.page import MOST_POINTS, render_page
+from mnist.evaluation.page import MOST_POINTS, render_page
 
 VOID = {"meta", "link", "img", "br"}
 DRAWN = {"path", "rect", "circle", "polyline"}  # closed by />, as SVG has it

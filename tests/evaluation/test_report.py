@@ -17,8 +17,8 @@ from sklearn.metrics import (
     precision_recall_fscore_support,
 )
 
-from mnist.config import InputError
-from mnist.report import (
+from mnist.cli import InputError
+from mnist.evaluation.report import (
     DISPUTED_TEST_LABELS,
     Example,
     Examples,

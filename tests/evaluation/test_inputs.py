@@ -1,4 +1,4 @@
-"""mnist/inputs.py: what is read, what is refused and how that is said, and the memory it takes."""
+"""What is read, what is refused and how that is said, and the memory it takes."""
 
 import gzip
 import hashlib
@@ -19,9 +19,12 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from mnist import data, inputs, report
-from mnist.config import InputError
-from mnist.inputs import Inputs, Suspicions, open_images, open_mnist, suspicion_warnings
+from mnist import data
+from mnist.cli import InputError
+from mnist.evaluation import report
+from mnist.evaluation.folders import IMAGE_SUFFIXES
+from mnist.evaluation.inputs import Inputs, open_images, open_mnist
+from mnist.evaluation.suspicions import Suspicions, suspicion_warnings
 
 PIXELS = np.random.default_rng(1).integers(0, 256, (23, 28, 28), dtype=np.uint8)
 LABELS = np.arange(23) * 7 % 10
@@ -249,7 +252,7 @@ def test_refused_labels(tmp_path: Path, content: bytes, complaint: str) -> None:
 
 
 def test_wrong_label_far_into_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inputs, "_CHUNK_LABELS", 4)
+    monkeypatch.setattr("mnist.evaluation.inputs._CHUNK_LABELS", 4)
     images = write(tmp_path / "images", idx(PIXELS))
     labels = LABELS.copy()
     labels[19] = 11  # the last of its chunk
@@ -740,7 +743,7 @@ def test_sixteen_bit_pgm(tmp_path: Path) -> None:
     assert np.array_equal(open_images(tmp_path, None).images(0, 2), PIXELS[:2])
 
 
-@pytest.mark.parametrize("suffix", sorted(inputs.IMAGE_SUFFIXES))
+@pytest.mark.parametrize("suffix", sorted(IMAGE_SUFFIXES))
 def test_every_suffix(tmp_path: Path, suffix: str) -> None:
     options = {".webp": {"lossless": True}, ".jpg": {"quality": 100}, ".jpeg": {"quality": 100}}
     image_file(tmp_path / f"x{suffix.upper()}", **options.get(suffix, {}))
@@ -748,7 +751,7 @@ def test_every_suffix(tmp_path: Path, suffix: str) -> None:
     assert np.abs(difference).max() <= (4 if "jp" in suffix else 0)
 
 
-@pytest.mark.parametrize("suffix", sorted(inputs.IMAGE_SUFFIXES - {".jpeg", ".tiff"}))
+@pytest.mark.parametrize("suffix", sorted(IMAGE_SUFFIXES - {".jpeg", ".tiff"}))
 def test_truncated_image_files(tmp_path: Path, suffix: str) -> None:
     """Refused, or cut off behind the last pixel; never read as something else."""
     path = image_file(tmp_path / "x" / f"0{suffix}", PIXELS[0] // 4)
@@ -974,7 +977,7 @@ STREAM = """
 import sys
 import tracemalloc
 from pathlib import Path
-from mnist.inputs import open_images
+from mnist.evaluation.inputs import open_images
 
 def anonymous():
     status = Path("/proc/self/status").read_text()

@@ -25,21 +25,24 @@ import yaml
 from fake_wandb import FakeWandb, serving
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from wandb_logs import history, logs, metrics_only, records
 
-from mnist import tracking
-from mnist.config import EvaluateConfig, InputError, TrainConfig
-from mnist.report import Tally, csv_header, csv_rows, figures
-from mnist.tracking import (
+from mnist.cli import InputError
+from mnist.evaluation.config import EvaluateConfig
+from mnist.evaluation.report import Tally, csv_header, csv_rows, figures
+from mnist.figures import compose_grid
+from mnist.runs import mirror as mirrors
+from mnist.runs.mirror import (
     Limits,
     Mirror,
     NoMirror,
     WandbSettings,
-    compose_grid,
     open_mirror,
     send_again,
     send_missing,
-    wandb_settings,
 )
+from mnist.runs.wandb_files import plain_name, read_state
+from mnist.training.config import TrainConfig
 
 KEY = "f00dfeed" * 5
 STEPS = [10, 20, 25, 30, 40, 50, 60, 70, 75, 80]
@@ -55,7 +58,7 @@ def limits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Limits:
     (tmp_path / "home").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     short = Limits(patience=0, init=1, finish=3, close=15, flush=0.2, transmit=1, figures=0.2)
-    monkeypatch.setattr(tracking, "LIMITS", short)
+    monkeypatch.setattr(mirrors, "LIMITS", short)
     return short
 
 
@@ -168,49 +171,10 @@ def whole_run(folder: Path, mode: str = "auto", number: int = 50, close: bool = 
     return mirror
 
 
-def logs(folder: Path) -> list[Path]:
-    return sorted(folder.glob("wandb/*run-*/run-*.wandb"), key=lambda log: log.stat().st_mtime)
-
-
 def wandb(*words: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "wandb", *map(str, words)]
     home = os.environ["HOME"]  # it makes a folder wandb where it is started
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=30, cwd=home)
-
-
-def records(log: Path, kind: str) -> list[dict[str, Any]]:
-    """What a local log holds, read by W&B itself."""
-    from wandb.util import get_core_path  # slow to import, and a job does not need it
-
-    # What `wandb leet inspect --json` runs, without 1 s of imports.
-    command = [get_core_path(), "leet", "inspect", "--no-observability", "--json", "--run-file"]
-    done = subprocess.run([*command, log, log.parent], capture_output=True, check=True)
-    lines = map(json.loads, done.stdout.splitlines())
-    return [record[kind] for record in lines if record["type"] == kind]
-
-
-def history(log: Path) -> list[dict[str, Any]]:
-    """The history as a server gets it; ``leet inspect`` prints {"a": {"b": 1}} as {"a.b": 1}."""
-    rows = []
-    for record in records(log, "history"):
-        rows.append(values := {})
-        for key, value in record["item"].items():
-            outer, _, inner = key.partition(".")
-            if inner:
-                values.setdefault(outer, {})[inner] = value
-            else:
-                values[key] = value
-    return rows
-
-
-def metrics_only(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl in a history: no media, nothing of W&B's own."""
-    found = []
-    for values in rows:
-        plain = {k: v for k, v in values.items() if k[0] != "_" and not isinstance(v, dict)}
-        if "train/loss" in values:
-            found.append(plain)
-    return found
 
 
 def steps(rows: list[dict[str, Any]]) -> list[int]:
@@ -294,7 +258,7 @@ def test_offline_run_reads_back(folder, tmp_path, capfd):
 
 
 def test_recipe_record_is_tracked_as_any_other(tmp_path, data_dir):
-    job = Path(__file__).parents[1] / "jobs/train.py"
+    job = Path(__file__).parents[2] / "jobs/train.py"
     small = "--epochs 2 --validation-size 59000 --batch-size 100 --hidden-sizes 32 24 16 12"
     words = f"--recipe record --averaging 0.9 --elastic 1.5 {small} --evaluate none"
     places = ["--data-dir", data_dir, "--runs-dir", tmp_path / "runs", "--run-name", "small"]
@@ -526,7 +490,7 @@ def test_complete_run_that_was_killed_before_its_end_is_sent_when_started_again(
 def test_sending_again_says_by_its_code_whether_the_server_has_all(
     folder, server, tmp_path, capsys, monkeypatch
 ):
-    command = [sys.executable, "-m", "mnist.tracking", folder]  # not complete yet
+    command = [sys.executable, "-m", "mnist.runs.tracking", folder]  # not complete yet
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and "is no complete run" in done.stderr
     complete(folder)
@@ -559,7 +523,7 @@ def as_agent(monkeypatch: pytest.MonkeyPatch, run_id: str, sweep: str = "s1") ->
 
 @pytest.mark.timeout(240)
 def test_trial_of_the_sweep_file_is_the_run_of_its_agent(server, tmp_path, data_dir, monkeypatch):
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     program = [sys.executable, "-m", "wandb"]
     for words in (["sweep", "docs/sweep.yaml"], ["agent", "--count", "1", "tester/mnist-ocr/s1"]):
@@ -656,7 +620,7 @@ def environment(server: FakeWandb, folder: Path) -> dict[str, str]:
 
 def job(folder: str, close: float) -> None:
     """What such a job does; its last line says how long it waited at the end, in seconds."""
-    tracking.LIMITS = Limits(init=1, finish=3, close=close, flush=0.2, transmit=1, figures=0.2)
+    mirrors.LIMITS = Limits(init=1, finish=3, close=close, flush=0.2, transmit=1, figures=0.2)
     run = whole_run(Path(folder), "online", close=False)
     started = time.monotonic()
     run.close()
@@ -711,7 +675,9 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Any, Future[
             # A server that dies takes all of it; the others have time enough on a busy machine.
             code = f"import test_tracking; test_tracking.job({str(folder)!r}, {bound(way)})"
             command = [sys.executable, "-c", code]
-            env["PYTHONPATH"] = f"{Path(__file__).parent}:{env.get('PYTHONPATH', '')}"
+            env["PYTHONPATH"] = (
+                f"{Path(__file__).parent}:{Path(__file__).parents[1]}:{env.get('PYTHONPATH', '')}"
+            )
             here = folder.parent  # wandb sync makes a folder wandb where it is started
             done = subprocess.run(command, env=env, cwd=here, capture_output=True, text=True)
             server.fail_with = server.die_on = server.hang_on = server.break_on = None
@@ -764,7 +730,7 @@ def test_server_dies(jobs, death):
 @pytest.mark.parametrize("mode", ["auto", "online"])
 def test_never_a_prompt(folder, mode):
     code = (
-        "from pathlib import Path; from mnist.tracking import *; import sys;"
+        "from pathlib import Path; from mnist.runs.mirror import *; import sys;"
         f"mirror = Mirror(WandbSettings(mode={mode!r})); "
         "mirror.begin(Path(sys.argv[1])); mirror.close()"
     )
@@ -821,7 +787,7 @@ def test_signals_are_for_the_job(folder):
 @pytest.mark.parametrize("patience", [0, 30])
 def test_ends_after_its_job(folder, server, patience):
     code = (
-        "import os, sys, time; from pathlib import Path; from mnist.tracking import *;"
+        "import os, sys, time; from pathlib import Path; from mnist.runs.mirror import *;"
         f"LIMITS.patience = {patience}; mirror = Mirror(WandbSettings());"
         "mirror.begin(Path(sys.argv[1])); mirror.rows(int(sys.argv[2]));"
         "time.sleep(1); print(mirror._process.pid, flush=True); time.sleep(60)"
@@ -857,7 +823,7 @@ def test_folder_that_cannot_be_written(patient, folder, capfd, way):
     mirror.close()
     warning = assert_one_warning(capfd)
     assert "has not got this: " in warning and str(home) in warning
-    assert "start the same command again" in warning and "mnist.tracking" not in warning
+    assert "start the same command again" in warning and "mnist.runs.tracking" not in warning
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a folder needs root")
@@ -866,7 +832,7 @@ def test_run_on_a_disk_that_takes_nothing(folder, tmp_path, options):
     output = complete(folder)
     shutil.move(output, output := tmp_path / "elsewhere")
     code = "import sys; from pathlib import Path; from test_tracking import *; folder, output = "
-    code += "map(Path, sys.argv[1:]); limits = tracking.LIMITS; limits.patience = 0;"
+    code += "map(Path, sys.argv[1:]); limits = mirrors.LIMITS; limits.patience = 0;"
     code += "limits.close = 50; mirror = start(folder);"
     code += "mirror.evaluated('images-x', output); mirror.close()"
     home = folder / "wandb"
@@ -876,7 +842,8 @@ def test_run_on_a_disk_that_takes_nothing(folder, tmp_path, options):
     script = tmp_path / "script"
     words = shlex.join([sys.executable, "-P", "-c", code, str(folder), str(output)])
     script.write_text(mount + fill + words)
-    env = os.environ | {"PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parents[1]}"}
+    folders = [Path(__file__).parents[up] for up in range(3)]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, folders))}
     done = subprocess.run(
         ["unshare", "--mount", "bash", script], env=env, capture_output=True, text=True, timeout=60
     )
@@ -893,13 +860,13 @@ NAMES += ["a" * 200, "a" * 199 + "b", "images-a.b", "_a", "-a", "model", "\udcff
 
 
 def test_every_name_has_one_of_its_own_that_wandb_takes():
-    plain = [tracking._plain(name, 64) for name in NAMES]
+    plain = [plain_name(name, 64) for name in NAMES]
     assert plain[NAMES.index("images-ok")] == "images-ok"
     assert plain[0].startswith("images-my-digits-1-")
     assert len(set(plain)) == len(NAMES)
     code = "import sys; from wandb.sdk.artifacts._validators import validate_artifact_name as take"
     code += "; [take(name) for name in sys.argv[1:]]"
-    whole = [tracking._plain(f"{name}-{'i' * 128}") for name in plain]
+    whole = [plain_name(f"{name}-{'i' * 128}") for name in plain]
     subprocess.run([sys.executable, "-c", code, *plain, *whole], check=True)
     assert all(name.isascii() and "." not in name and name[0].isalnum() for name in plain)
 
@@ -931,7 +898,7 @@ DAMAGED += ['{"id": "a", "project": {}}', '{"id": "a", "sent": {"finished": 1}}'
 def test_damaged_record_is_not_believed(folder, text):
     (folder / "wandb").mkdir()
     (folder / "wandb/run.json").write_text(text)
-    state = tracking._read_state(folder)
+    state = read_state(folder)
     assert state.damaged and state.id is None and state.sent == {}
 
 
@@ -957,14 +924,14 @@ def test_wrong_mode_is_refused(monkeypatch, value):
     monkeypatch.setenv("WANDB_MODE", value)
     for config in (TrainConfig(), EvaluateConfig()):
         with pytest.raises(InputError, match=f"WANDB_MODE takes one of offline, .*not '{value}'"):
-            wandb_settings(config)
-    assert wandb_settings(TrainConfig(wandb="offline")).mode == "offline"
+            WandbSettings.of(config)
+    assert WandbSettings.of(TrainConfig(wandb="offline")).mode == "offline"
 
 
 @pytest.mark.parametrize("value", ["offline", "dryrun", "online", "run"])
 def test_modes_that_wandb_takes(patient, folder, server, monkeypatch, value):
     monkeypatch.setenv("WANDB_MODE", value)
-    mirror = Mirror(wandb_settings(TrainConfig()))
+    mirror = Mirror(WandbSettings.of(TrainConfig()))
     mirror.begin(folder)
     mirror.close()
     assert bool(server.runs) == (value in ("online", "run"))
@@ -993,7 +960,8 @@ def test_without_wandb(folder, tmp_path, monkeypatch, capfd):
 
 def test_the_job_imports_neither_wandb_nor_torch():
     code = (
-        "import sys, mnist.tracking; print({'wandb', 'torch', 'matplotlib'} & sys.modules.keys())"
+        "import sys, mnist.runs.tracking;"
+        "print({'wandb', 'torch', 'matplotlib'} & sys.modules.keys())"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout == "set()\n"

@@ -17,19 +17,18 @@ from random import Random
 import pytest
 import yaml
 
-from mnist.config import (
+from mnist.cli import InputError, read_yaml
+from mnist.data import derived_seed
+from mnist.distributed import World
+from mnist.evaluation.config import parse_evaluate_config
+from mnist.training.config import (
     RECIPES,
-    InputError,
     TrainConfig,
-    derived_seed,
     numeric_settings,
-    parse_evaluate_config,
     parse_train_config,
-    read_yaml,
     to_yaml,
 )
-from mnist.distributed import World
-from mnist.run_folder import open_run_folder
+from mnist.training.job import open_run
 
 JOB = str(Path(__file__).parents[1] / "jobs/train.py")
 
@@ -87,9 +86,8 @@ def test_words_of_an_agent(words, field, value):
 
 
 def test_words_of_an_agent_in_an_evaluation():
-    words = ["--run=r", "--split=null", "--wandb_tags=['a', 'b']", "--threads", "None"]
-    config = parse_evaluate_config(words)
-    assert (config.split, config.wandb_tags, config.threads) == (None, ("a", "b"), None)
+    config = parse_evaluate_config(["--run=r", "--split=null", "--threads", "None"])
+    assert (config.split, config.threads) == (None, None)
 
 
 def test_saved_settings_repeat_the_run(tmp_path):
@@ -383,7 +381,7 @@ def test_recorded_settings_have_their_types_and_no_repetition(tmp_path):
     assert read_yaml(file) == to_yaml(config)
     file.write_text("seed: 0\nepochs: 1\nseed: 1\n")
     with ExitStack() as stack, pytest.raises(InputError) as caught:
-        open_run_folder(config, World(), stack)
+        open_run(config, World(), stack)
     assert str(caught.value) == f"{file}: seed is given twice, in lines 1 and 3"
 
 
@@ -404,7 +402,10 @@ def test_derived_seeds_are_fixed_and_apart():
 
 
 def test_options_are_parsed_without_torch():
-    code = "import sys, mnist.config, mnist.figures; sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys, mnist.training.config, mnist.evaluation.config, mnist.figures;"
+        "sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -23,21 +23,26 @@ import torch
 import yaml
 from fork_worlds import loader_of_first
 from safetensors.torch import load_file
+from wandb_logs import history, logs, metrics_only
 
-from mnist import run_folder, system, training
-from mnist.checkpoint import newest_checkpoint
-from mnist.config import InputError, TrainConfig, parse_evaluate_config, to_yaml
+from mnist import system
+from mnist.cli import InputError
 from mnist.data import load_mnist
 from mnist.distributed import World
-from mnist.evaluation import evaluate
+from mnist.evaluation.config import parse_evaluate_config
+from mnist.evaluation.job import evaluate
 from mnist.model import load_model, save_model
-from mnist.report import read_report
-from mnist.run_folder import open_run_folder
+from mnist.runs import folder as run_folder
+from mnist.runs.checkpoint import newest_checkpoint
+from mnist.runs.mirror import NoMirror
+from mnist.runs.reports import read_report
 from mnist.system import StopRequest
-from mnist.tracking import NoMirror
-from mnist.training import finish, fit
+from mnist.training import loop
+from mnist.training.config import TrainConfig, to_yaml
+from mnist.training.job import finish, open_run
+from mnist.training.loop import fit
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 JOB = str(ROOT / "jobs/train.py")
 # 3,000 images in 60 steps an epoch; 15 epochs take 2 to 4 s.
@@ -52,7 +57,7 @@ WORLD = World(threads=1)
 @pytest.fixture(autouse=True)
 def two_thousand_images(monkeypatch):
     """The first 2,000 training images are all that runs of this process have."""
-    monkeypatch.setattr(training, "load_mnist", loader_of_first(2000))
+    monkeypatch.setattr(loop, "load_mnist", loader_of_first(2000))
 
 
 def config(folder, data_dir, **settings):
@@ -86,7 +91,7 @@ class Stop(StopRequest):
 def train(settings, stop=None, world=WORLD):
     """The folder of a run that is begun or goes on in this process."""
     with ExitStack() as stack:
-        start = open_run_folder(settings, world, stack)
+        start = open_run(settings, world, stack)
         model = fit(settings, world, start, stop)
     return np.concatenate([p.detach().numpy().ravel() for p in model.parameters()])
 
@@ -342,7 +347,7 @@ def test_run_that_cannot_save_says_so_at_once_and_is_not_called_saved(
     mirror = NoMirror()
     mirror.rows = sent.append
     with ExitStack() as stack:
-        start = open_run_folder(settings, WORLD, stack)
+        start = open_run(settings, WORLD, stack)
         with pytest.raises(SystemExit) as stopped:
             fit(settings, WORLD, start, Stop(20), mirror)
     assert stopped.value.code == 1 and sent == []
@@ -351,7 +356,7 @@ def test_run_that_cannot_save_says_so_at_once_and_is_not_called_saved(
     assert "Input/output error" in said.splitlines()[0]
     assert "interrupted at step 25: NOT saved" in said
     monkeypatch.undo()
-    monkeypatch.setattr(training, "load_mnist", loader_of_first(2000))
+    monkeypatch.setattr(loop, "load_mnist", loader_of_first(2000))
     assert (train(settings) == train(config(tmp_path / "alone", data_dir))).all()
 
 
@@ -595,7 +600,7 @@ def test_world_may_change_in_the_middle(tmp_path, data_dir):
         changing = f"{common} --run-name to{other} --checkpoint-every 40".split()
         jobs += [[2, "interrupt", changing], [other, "train", changing]]
     subprocess.run(
-        [sys.executable, Path(__file__).with_name("fork_worlds.py")],
+        [sys.executable, Path(__file__).parents[1] / "fork_worlds.py"],
         input=json.dumps(jobs),
         text=True,
         check=True,
@@ -630,8 +635,6 @@ def test_two_starts_at_once_and_no_stale_lock(tmp_path, data_dir):
 
 
 def test_run_interrupted_twice_is_one_curve_in_wandb(tmp_path, data_dir):
-    from test_tracking import history, logs, metrics_only
-
     folder = tmp_path / "runs" / "run"
     words = [sys.executable, JOB, *OPTIONS, "--epochs", "25", "--run-name", "run"]
     words += ["--data-dir", data_dir, "--wandb", "offline", "--checkpoint-every", "20"]

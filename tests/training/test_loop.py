@@ -14,13 +14,14 @@ import yaml
 from safetensors.torch import load_file
 
 from mnist import model as model_module
-from mnist.config import InputError, TrainConfig
+from mnist.cli import InputError
 from mnist.data import load_mnist, split_validation
 from mnist.distributed import World
-from mnist.metrics import read_metrics
 from mnist.model import load_model
-from mnist.run_folder import open_run_folder
-from mnist.training import Plan, fit, schedule
+from mnist.runs.metrics import read_metrics
+from mnist.training.config import TrainConfig
+from mnist.training.job import open_run
+from mnist.training.loop import Plan, fit, schedule
 
 WORLD = World(threads=1)
 # 1,000 images to train on, in 5 steps of an epoch, of which the last is a partial one.
@@ -53,7 +54,7 @@ def worlds(tmp_path_factory, data_dir) -> Path:
     jobs += [(size, f"{distorted} --run-name distorted{size}") for size in (1, 2, 3)]
     jobs += [(size, f"{half} --run-name half{size}{again}") for size in (2, 3) for again in "ab"]
     subprocess.run(
-        [sys.executable, Path(__file__).with_name("fork_worlds.py")],
+        [sys.executable, Path(__file__).parents[1] / "fork_worlds.py"],
         input=json.dumps([(size, "train", options.split()) for size, options in jobs]),
         text=True,
         check=True,
@@ -64,7 +65,7 @@ def worlds(tmp_path_factory, data_dir) -> Path:
 
 def open_folder(config):
     with ExitStack() as stack:
-        return open_run_folder(config, WORLD, stack)
+        return open_run(config, WORLD, stack)
 
 
 @pytest.mark.parametrize("name", ["long2", "long3", "tiny3", "distorted2", "distorted3"])

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from mnist.augment import Distortion, elastic_modes
-from mnist.config import TrainConfig
 from mnist.data import MEAN, STD, load_mnist, normalise, rank_slice
+from mnist.training.config import TrainConfig
+from mnist.training.distortion import Distortion, elastic_modes
 
 CPU = torch.device("cpu")
 ALL = {"rotation": 12.0, "scaling": 0.15, "shear": 0.1, "shift": 2.0, "elastic": 1.2}

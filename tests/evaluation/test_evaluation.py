@@ -16,15 +16,18 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from mnist import evaluation
-from mnist.checkpoint import write_checkpoint
-from mnist.config import EvaluateConfig, InputError, TrainConfig, parse_evaluate_config, to_yaml
+from mnist.cli import InputError
 from mnist.data import MEAN, STD, load_mnist, split_validation
 from mnist.distributed import World
-from mnist.evaluation import Weights, evaluate, score, write_evaluation
-from mnist.inputs import open_images
+from mnist.evaluation import job, scoring
+from mnist.evaluation.config import EvaluateConfig, parse_evaluate_config
+from mnist.evaluation.inputs import open_images
+from mnist.evaluation.job import Weights, evaluate, write_evaluation
+from mnist.evaluation.report import DISPUTED_TEST_LABELS
+from mnist.evaluation.scoring import score
 from mnist.model import MLP, save_model
-from mnist.report import DISPUTED_TEST_LABELS
+from mnist.runs.checkpoint import write_checkpoint
+from mnist.training.config import TrainConfig, to_yaml
 
 FILES = {"predictions.csv", "report.html", "report.json"}
 
@@ -150,7 +153,7 @@ def test_any_world_writes_the_same_predictions(tmp_path, model_file, images):
         ]
         jobs.append((world, "evaluate", [words.split() for words in options]))
     subprocess.run(
-        [sys.executable, Path(__file__).with_name("fork_worlds.py")],
+        [sys.executable, Path(__file__).parents[1] / "fork_worlds.py"],
         input=json.dumps(jobs),
         text=True,
         check=True,
@@ -342,13 +345,13 @@ def test_look_at_a_run_that_ends_meanwhile_replaces_nothing(
     folder = tmp_path / "run"
     write_checkpoint(folder / "checkpoints", 12, {"model.safetensors": model_file.read_bytes()})
     np.save(tmp_path / "images.npy", images[:3])
-    scored = evaluation.score
+    scored = job.score
 
     def score_while_it_ends(*arguments):
         shutil.copy(model_file, folder / "model.safetensors")
         return scored(*arguments)
 
-    monkeypatch.setattr(evaluation, "score", score_while_it_ends)
+    monkeypatch.setattr(job, "score", score_while_it_ends)
     with pytest.raises(InputError, match="is finished by now"):
         run("--run", folder, "--images", tmp_path / "images.npy")
     assert not (folder / "evaluation").exists()
@@ -425,13 +428,13 @@ def test_mistakes_are_one_line_and_leave_nothing(
 def test_scored_and_expected_must_agree(tmp_path, model_file, images, monkeypatch):
     np.save(tmp_path / "images.npy", images)
     inputs = open_images(tmp_path / "images.npy", None)
-    monkeypatch.setattr(evaluation, "rank_slice", lambda count, rank, size: slice(1, count))
+    monkeypatch.setattr(scoring, "rank_slice", lambda count, rank, size: slice(1, count))
     with pytest.raises(RuntimeError, match="scored 184 of 200 images"):
         score(MLP((32, 24, 16, 12)), inputs, World(), 16)
 
 
 def test_progress_in_plain_lines(tmp_path, model_file, images, monkeypatch, capsys):
-    monkeypatch.setattr(evaluation, "_SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr(scoring, "_SECONDS_BETWEEN_LINES", 0)
     np.save(tmp_path / "images.npy", images)
     inputs = open_images(tmp_path / "images.npy", None)
     score(MLP((32, 24, 16, 12)), inputs, World(), 10)
@@ -448,7 +451,7 @@ def test_killed_evaluation_leaves_the_report_before(tmp_path, model_file, images
     run(*options)
     np.save(tmp_path / "images.npy", np.zeros((400_000, 28, 28), np.uint8))
     before = {path.name: path.read_bytes() for path in output.iterdir()}
-    job = Path(__file__).parents[1] / "jobs/evaluate.py"
+    job = Path(__file__).parents[2] / "jobs/evaluate.py"
     process = subprocess.Popen([sys.executable, job, *options], stdout=subprocess.DEVNULL)
     try:
         for _ in range(600):
@@ -473,7 +476,7 @@ def test_full_disk_is_one_line_and_the_report_before_stays(tmp_path, model_file,
     np.save(tmp_path / "many.npy", np.repeat(images, 50, axis=0))
     disk = tmp_path / "disk"
     disk.mkdir()
-    job = Path(__file__).parents[1] / "jobs/evaluate.py"
+    job = Path(__file__).parents[2] / "jobs/evaluate.py"
     command = f"{sys.executable} {job} --model {model_file} --output-dir {disk}/out --threads 1"
     command += f" --images {tmp_path}/images.npy"
     script = tmp_path / "script.sh"

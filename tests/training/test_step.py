@@ -7,10 +7,10 @@ import torch
 from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from mnist.config import TrainConfig
 from mnist.distributed import World
 from mnist.model import MLP
-from mnist.step import Learner
+from mnist.training.config import TrainConfig
+from mnist.training.step import Learner
 
 WIDTHS = (40, 32, 24, 16)
 LARGE = (256, 160, 24, 16)  # its first two layers are large enough for half precision
@@ -164,7 +164,7 @@ def test_totals_are_exact_however_often_they_are_summed_up():
 
 
 def test_few_logits_wait_to_be_scored(monkeypatch):
-    monkeypatch.setattr("mnist.step._UNSCORED_IMAGES", 64)
+    monkeypatch.setattr("mnist.training.step._UNSCORED_IMAGES", 64)
     ours = learner(MLP(WIDTHS).initialise(0))
     for step in range(20):
         ours.step(*batch(16, seed=step), batch_size=16, learning_rate=0.05)

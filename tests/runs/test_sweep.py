@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from mnist.sweep import summarise, table
+from mnist.runs.sweep import summarise, table
 
 NOTHING = hashlib.sha256(b"").hexdigest()
 
@@ -76,7 +76,7 @@ def test_seeds_of_the_same_settings_show_test_accuracy(tmp_path):
     for seed, accuracy in enumerate((0.97, 0.98)):
         make_run(tmp_path, f"seed={seed}", 0.9, accuracy)
     make_tasks(tmp_path, "seed=0 0", "seed=1 0")
-    command = [sys.executable, "-m", "mnist.sweep", tmp_path]
+    command = [sys.executable, "-m", "mnist.runs.sweep", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     [row] = json.loads((tmp_path / "summary.json").read_text())["ranking"]
     assert row["test_accuracy"]["of_each"] == [0.97, 0.98]
@@ -108,7 +108,7 @@ def test_an_accuracy_that_is_not_the_final_models_is_left_out(tmp_path):
 
 def summarise_folder(folder):
     """As slurm/sweep.sbatch does; what it printed."""
-    command = [sys.executable, "-m", "mnist.sweep", folder]
+    command = [sys.executable, "-m", "mnist.runs.sweep", folder]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -159,7 +159,7 @@ def test_tasks_that_had_other_runs_before_hide_none(tmp_path):
 
 @pytest.mark.parametrize("missing", ["", "nowhere"])
 def test_what_is_no_sweep_is_refused_in_one_line(tmp_path, missing):
-    command = [sys.executable, "-m", "mnist.sweep", tmp_path / missing]
+    command = [sys.executable, "-m", "mnist.runs.sweep", tmp_path / missing]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert str(tmp_path / missing) in done.stderr

@@ -1,6 +1,6 @@
 """Rows to metrics.jsonl, lines to the screen."""
 
-from mnist.metrics import NoTracker, Tracker, read_metrics
+from mnist.runs.metrics import NoTracker, Tracker, read_metrics
 
 
 def row(step, images, loss, accuracy, speed, **more):

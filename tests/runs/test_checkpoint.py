@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 
-from mnist.checkpoint import find_damage, newest_checkpoint, step_of, write_checkpoint
-from mnist.config import InputError
+from mnist.cli import InputError
+from mnist.runs.checkpoint import find_damage, newest_checkpoint, step_of, write_checkpoint
 
 FILES = {"model.safetensors": b"weights" * 1000, "state.json": b"{}"}
 
@@ -80,7 +80,7 @@ def test_damaged_one_of_the_same_step_is_replaced(folder):
 
 def test_what_the_disk_gives_back_is_verified(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "mnist.checkpoint.flush_to_disk", lambda path: path.is_file() and flip(path)
+        "mnist.runs.checkpoint.flush_to_disk", lambda path: path.is_file() and flip(path)
     )
     with pytest.raises(OSError, match="damaged"):
         write_checkpoint(tmp_path, 1, FILES)
