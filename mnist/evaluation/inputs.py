@@ -16,15 +16,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mnist.arrays import Rows, open_rows, reading, shown
 from mnist.cli import InputError
 from mnist.data import IMAGE_SHAPE, split_validation
-from mnist.evaluation.files import Rows, open_rows, reading, shown
 from mnist.evaluation.folders import FolderImages, FolderLabels, find_images
-from mnist.evaluation.labels import check_order, is_table, read_table
+from mnist.evaluation.labels import EXPECTED_LABELS, check_order, is_table, read_table
 from mnist.fetch import MD5
 from mnist.runs.reports import images_of_split
 from mnist.system import sha256
 
+_EXPECTED_IMAGES = "images as an IDX file (also .gz), a .npy of N×28×28, or a folder of image files"
 _CHUNK_IMAGES = 1024
 _CHUNK_LABELS = 1 << 17
 
@@ -172,7 +173,7 @@ def open_images(images: Path, labels: Path | None) -> Inputs:
     with reading(images):
         if images.is_dir():
             return _open_folder(images, labels)
-    rows = open_rows(images, "images")
+    rows = open_rows(images, _EXPECTED_IMAGES)
     if rows.shape[1:] != IMAGE_SHAPE:
         hint = ": are these labels?" if len(rows.shape) == 1 else ""
         raise InputError(f"{images}: expected images, N×28×28, found {shown(rows)}{hint}")
@@ -196,7 +197,7 @@ def open_images(images: Path, labels: Path | None) -> Inputs:
 
 def _open_labels(path: Path, images: Path, number: int) -> Rows:
     """Integers 0 to 9, as many as images."""
-    rows = open_rows(path, "labels")
+    rows = open_rows(path, EXPECTED_LABELS)
     if len(rows.shape) != 1:
         hint = ": are these images?" if rows.shape[1:] == IMAGE_SHAPE else ""
         raise InputError(f"{path}: expected labels of one dimension, found {shown(rows)}{hint}")

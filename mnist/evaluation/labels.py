@@ -12,9 +12,15 @@ from typing import Any, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
+from mnist.arrays import reading
 from mnist.cli import InputError
-from mnist.evaluation.files import EXPECTED, reading
 from mnist.evaluation.folders import DIGITS
+
+EXPECTED_LABELS = (
+    "labels as an IDX file (also .gz) or a .npy of N whole numbers, or for a folder of images as a "
+    "CSV (UTF-8) with the columns file and label"
+)
+"""For a person to read, where a file is none of these."""
 
 _LONGEST_LINE = 1 << 20  # of a CSV, in characters
 MOST_NAMED = 3  # of the names that an error has to tell of
@@ -47,7 +53,7 @@ def read_table(path: Path, folder: Path, files: Sequence[str]) -> NDArray[np.uin
         _, header = next(rows, (0, []))
         if header.count("file") != 1 or header.count("label") != 1:
             raise InputError(
-                f"{path}: expected {EXPECTED['labels']}, each once in its first line and "
+                f"{path}: expected {EXPECTED_LABELS}, each once in its first line and "
                 f"separated by commas, found {_brief(','.join(header))}"
             )
         name_column, label_column = header.index("file"), header.index("label")

@@ -1,4 +1,4 @@
-"""Arrays of images and labels in single files: IDX, plain or packed, and ``.npy``.
+"""Arrays in files: IDX, plain or packed, and ``.npy``.
 
 They are mapped into memory, or unpacked while they are read, so that anonymous memory does not grow
 with the number of images.
@@ -11,18 +11,13 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mnist.cli import InputError
 
-EXPECTED = {
-    "images": "images as an IDX file (also .gz), a .npy of N×28×28, or a folder of image files",
-    "labels": "labels as an IDX file (also .gz) or a .npy of N whole numbers, or for a folder of "
-    "images as a CSV (UTF-8) with the columns file and label",
-}
 _CHUNK_BYTES = 1 << 20
 
 
@@ -36,34 +31,42 @@ class Rows(Protocol):
     def __getitem__(self, part: Any, /) -> NDArray[Any]: ...
 
 
-def open_rows(path: Path, kind: Literal["images", "labels"]) -> Rows:
-    """A file's array of any shape, recognised by its first bytes."""
+def open_rows(path: Path, expected: str) -> Rows:
+    """A file's array of any shape, recognised by its first bytes.
+
+    Args:
+        path: the file.
+        expected: what should be there, for a person to read.
+
+    Raises:
+        InputError: it cannot be read, or holds anything else.
+    """
     with reading(path):
         path.stat()  # raises if nothing is there
         if not path.is_file():
             found = "a folder" if path.is_dir() else "a device"
-            raise InputError(f"{path}: expected {EXPECTED[kind]}, found {found}")
+            raise InputError(f"{path}: expected {expected}, found {found}")
         with path.open("rb") as file:
             begin = file.read(6)
             if begin[:2] == b"\x1f\x8b":
-                return _PackedRows(path, kind)
+                return _PackedRows(path, expected)
             if begin == b"\x93NUMPY":
                 return _map_npy(path)
             file.seek(0)
-            shape = _idx_shape(file, path, kind)
+            shape = _idx_shape(file, path, expected)
             _check_size(path, shape, path.stat().st_size - file.tell())
             # An ordinary array over the mapping: slices of a np.memmap cost more.
             return np.asarray(np.memmap(path, np.uint8, "r", file.tell(), shape))
 
 
-def _idx_shape(file: BinaryIO | gzip.GzipFile, path: Path, kind: str) -> tuple[int, ...]:
+def _idx_shape(file: BinaryIO | gzip.GzipFile, path: Path, expected: str) -> tuple[int, ...]:
     """Read the header of an IDX file of unsigned bytes."""
     magic = file.read(4)
     if magic[:3] != b"\0\0\x08" or len(magic) < 4:
         found = f"a file that starts with {magic.hex(' ')}" if magic else "an empty file"
         if magic[:2] == b"\0\0" and len(magic) == 4:
             found = f"IDX of type {magic[2]:#04x}, not of unsigned bytes"
-        raise InputError(f"{path}: expected {EXPECTED[kind]}, found {found}")
+        raise InputError(f"{path}: expected {expected}, found {found}")
     sizes = file.read(4 * magic[3])
     if len(sizes) < 4 * magic[3]:
         raise InputError(f"{path}: truncated within the sizes of its {magic[3]} dimensions")
@@ -99,10 +102,10 @@ class _PackedRows:
 
     dtype = np.dtype(np.uint8)
 
-    def __init__(self, path: Path, kind: str) -> None:
+    def __init__(self, path: Path, expected: str) -> None:
         self._path = path
         self._file = gzip.open(path)  # noqa: SIM115
-        self.shape = _idx_shape(self._file, path, kind)
+        self.shape = _idx_shape(self._file, path, expected)
         self._begin = self._file.tell()
         found = 0
         while chunk := self._file.read(_CHUNK_BYTES):
