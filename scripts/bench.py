@@ -43,7 +43,7 @@ from mnist.model import MLP, load_model, product
 from mnist.runs.metrics import read_metrics
 from mnist.system import StopRequest
 from mnist.training.config import TrainConfig, parse_train_config
-from mnist.training.distortion import Distortion
+from mnist.training.distortion import ELASTIC_SMOOTHNESS, Distortion
 from mnist.training.job import open_run
 from mnist.training.loop import fit
 from mnist.training.step import Learner
@@ -280,7 +280,7 @@ def usual_distortion(data_dir: Path, config: TrainConfig, count: int) -> Measure
     """The same distortions by torchvision, image by image, as a dataset's transform does it."""
     shift = config.shift / 28
     # Its noise is uniform, and its displacements are halves of an image's 28 pixels over 28.
-    alpha = config.elastic * 4 * math.sqrt(3 * math.pi) * config.elastic_smoothness
+    alpha = config.elastic * 4 * math.sqrt(3 * math.pi) * ELASTIC_SMOOTHNESS
     distort = v2.Compose(
         [
             v2.RandomAffine(
@@ -290,7 +290,7 @@ def usual_distortion(data_dir: Path, config: TrainConfig, count: int) -> Measure
                 shear=math.degrees(math.atan(config.shear)),
                 interpolation=v2.InterpolationMode.BILINEAR,
             ),
-            v2.ElasticTransform(alpha=alpha, sigma=config.elastic_smoothness),
+            v2.ElasticTransform(alpha=alpha, sigma=ELASTIC_SMOOTHNESS),
         ]
     )
     images = load_mnist(data_dir, "train").images[:count, None]

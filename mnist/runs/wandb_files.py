@@ -3,6 +3,7 @@
 Files alone, without W&B's client: that is tracking.py.
 """
 
+import dataclasses
 import glob
 import hashlib
 import json
@@ -50,13 +51,8 @@ def read_state(run_folder: Path) -> State:
 
 def write_state(run_folder: Path, state: State) -> None:
     """Record it, in one step."""
-    contents = {
-        "id": state.id,
-        "project": state.project,
-        "entity": state.entity,
-        "sweep": state.sweep,
-        "sent": state.sent,
-    }
+    contents = dataclasses.asdict(state)
+    del contents["damaged"]
     write_file(run_folder / _STATE, json.dumps(contents, indent=2) + "\n")
 
 

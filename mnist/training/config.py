@@ -16,6 +16,7 @@ from mnist.cli import (
     InputError,
     as_options,
     as_typed,
+    option,
     parse_options,
     read_settings,
     require,
@@ -82,13 +83,9 @@ class TrainConfig:
     elastic: float = 0.0
     """Distort training images: move every pixel by this many pixels (root mean square along either
     axis), neighbours by nearly the same: Simard et al. 2003."""
-    elastic_smoothness: float = 5.0
-    """Pixels over which an elastic distortion changes: the sigma of Simard's Gaussian."""
     thickness: float = 0.0
     """Distort training images: thicken or thin strokes by up to this many pixels on either side, 0
     to 1."""
-    gaps: float = 0.0
-    """Distort training images: leave a line of 1 to 3 pixels out of this share of them."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Of the large matrix products; auto: the launcher's, else bf16 where it is native."""
     exact_sums: bool = True
@@ -150,10 +147,7 @@ class TrainConfig:
         require(self, 0 <= self.scaling < 1, "scaling", "0 to below 1")
         for field in ("shear", "shift", "elastic"):
             require(self, 0 <= getattr(self, field) < float("inf"), field, "0 or more")
-        for field in ("thickness", "gaps"):
-            require(self, 0 <= getattr(self, field) <= 1, field, "0 to 1")
-        smoothness = self.elastic_smoothness
-        require(self, 0.5 <= smoothness <= 28, "elastic_smoothness", "0.5 to 28")
+        require(self, 0 <= self.thickness <= 1, "thickness", "0 to 1")
         require(self, 0 <= self.validation_size <= 59_000, "validation_size", "0 to 59000")
         require(self, self.log_every >= 1, "log_every", "1 or more")
         every = self.checkpoint_every
@@ -172,7 +166,7 @@ class TrainConfig:
     def distorts(self) -> bool:
         """Whether training images are distorted."""
         affine = (self.rotation, self.scaling, self.shear, self.shift)
-        return any((*affine, self.elastic, self.thickness, self.gaps))
+        return any((*affine, self.elastic, self.thickness))
 
     @property
     def run_folder(self) -> Path:
@@ -193,8 +187,11 @@ _JOB = "train.py"
 _NUMERIC = (
     "seed epochs batch_size hidden_sizes optimizer learning_rate schedule warmup momentum nesterov "
     "weight_decay label_smoothing averaging rotation scaling shear shift elastic "
-    "elastic_smoothness thickness gaps precision exact_sums validation_size"
+    "thickness precision exact_sums validation_size"
 ).split()
+
+RETIRED: dict[str, Any] = {"elastic_smoothness": 5.0, "gaps": 0.0}
+"""Settings that earlier versions had, each with the only value that it has now."""
 
 RECIPES: dict[str, dict[str, Any]] = {
     # The original: SGD 0.01 with momentum 0.9 at a constant rate. On validation images accuracy
@@ -259,9 +256,13 @@ def parse_train_config(arguments: Sequence[str]) -> TrainConfig:
     sources.add_argument("--recipe", nargs="?")
     arguments = as_typed(arguments, TrainConfig)
     found, _ = sources.parse_known_args(arguments)
-    known = [*to_yaml(TrainConfig()), "threads"]  # which earlier versions wrote down
+    # Earlier versions wrote down others as well.
+    known = [*to_yaml(TrainConfig()), "threads", *RETIRED]
     file = None if found.config in (None, "None") else Path(os.path.expanduser(found.config))
     settings = {} if file is None else read_settings(file, known)
+    for name in RETIRED.keys() & settings.keys():
+        if settings.pop(name) not in (f"{RETIRED[name]}", f"{RETIRED[name]:g}"):
+            raise InputError(f"{file}: {option(name)} is no more: it is always {RETIRED[name]}")
     recipe: Any = found.recipe or settings.get("recipe", "baseline")
     if "recipe" in settings and recipe != settings["recipe"]:
         raise InputError(

@@ -18,7 +18,9 @@ from mnist.model import product
 from mnist.training.config import TrainConfig
 
 _GROUND = -MEAN / STD  # a pixel without ink, as the network gets it
-_GAP_OFFSET = 10.0  # pixels from the centre, up to which gaps lie
+ELASTIC_SMOOTHNESS = 5.0
+"""Pixels over which an elastic distortion changes: the sigma of Simard's Gaussian."""
+
 _LEFT_OUT = 1e-3  # share of an elastic field's variance that is not worth its cost
 
 
@@ -54,6 +56,13 @@ def _dilate(images: Tensor) -> Tensor:
     return padded
 
 
+def _redraw(ink: Tensor, thicker: Tensor) -> Tensor:
+    """Thicken or thin the strokes of n×28×28, by n pixels."""
+    thicker = thicker[:, None, None]
+    signed = ink * thicker.sign()  # thinner is a thicker ground
+    return ink + thicker * (_dilate(signed) - signed)
+
+
 class Distortion:
     """Distorts batches as the settings of a run say; see ``TrainConfig`` for what they mean."""
 
@@ -62,9 +71,8 @@ class Distortion:
         size = IMAGE_SHAPE[0]
         along = torch.arange(size) - (size - 1) / 2  # pixels from the centre
         y, x = torch.meshgrid(along, along, indexing="ij")
-        self._x, self._y = x.to(device), y.to(device)
         maps = [x, y, torch.ones(IMAGE_SHAPE)]
-        modes = elastic_modes(config.elastic_smoothness)
+        modes = elastic_modes(ELASTIC_SMOOTHNESS)
         self._modes = modes.shape[1] ** 2 if config.elastic else 0
         if config.elastic:
             maps.extend(config.elastic * torch.einsum("yi,xj->ijyx", modes, modes).flatten(0, 1))
@@ -87,8 +95,8 @@ class Distortion:
         weights = self.weights(step, batch_size)[rows].to(images.device).flatten(0, 1)
         grid = product(weights, self._maps).view(count, 2, *IMAGE_SHAPE).permute(0, 2, 3, 1)
         ink = (images.float() - _GROUND).view(count, *IMAGE_SHAPE)
-        if self._config.thickness or self._config.gaps:
-            ink = self._redraw(ink, self.strokes(step, batch_size)[rows].to(images.device))
+        if self._config.thickness:
+            ink = _redraw(ink, self.strokes(step, batch_size)[rows].to(images.device))
         moved = functional.grid_sample(ink[:, None], grid, align_corners=False)
         return moved.flatten(1).add_(_GROUND).to(images.dtype)
 
@@ -119,33 +127,9 @@ class Distortion:
         return torch.cat([affine.view(batch_size, 2, 3), elastic], 2)
 
     def strokes(self, step: int, batch_size: int) -> Tensor:
-        """What is drawn anew in each image, ``batch_size``×6: pixels by which strokes are thicker;
-        of a gap, the direction across it (cosine and sine), its distance from the centre and half
-        its width, in pixels; and 1 if there is one, else 0."""
-        config = self._config
-        thicker, angle, offset, width, chance = torch.rand(
-            5, batch_size, generator=self._generator("strokes", step)
-        )
-        return torch.stack(
-            [
-                (2 * thicker - 1) * config.thickness,
-                (angle * math.pi).cos(),
-                (angle * math.pi).sin(),
-                (2 * offset - 1) * _GAP_OFFSET,
-                width + 0.5,
-                (chance < config.gaps).float(),
-            ],
-            1,
-        )
-
-    def _redraw(self, ink: Tensor, strokes: Tensor) -> Tensor:
-        """Thicken or thin strokes, and leave gaps in them, n×28×28."""
-        thicker, cosine, sine, offset, width, gap = strokes[:, :, None, None].unbind(1)
-        # Thinner is a thicker ground.
-        signed = ink * thicker.sign()
-        ink = ink + thicker * (_dilate(signed) - signed)
-        distance = (cosine * self._x + sine * self._y - offset).abs()
-        return ink * (1 - gap * (1 - (distance - width).clamp(0, 1)))
+        """Pixels by which the strokes of each image are thicker on either side, ``batch_size``."""
+        uniform = torch.rand(batch_size, generator=self._generator("strokes", step))
+        return (2 * uniform - 1) * self._config.thickness
 
     def _generator(self, purpose: str, step: int) -> torch.Generator:
         return torch.Generator().manual_seed(derived_seed(self._config.seed, purpose, step))

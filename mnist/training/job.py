@@ -32,7 +32,7 @@ from mnist.runs.metrics import read_metrics
 from mnist.runs.mirror import NoMirror, send_missing
 from mnist.runs.reports import SPLITS, make_room, report_of_run
 from mnist.system import StopRequest, die_with_launcher, sha256, warn
-from mnist.training.config import TrainConfig, numeric_settings, to_yaml
+from mnist.training.config import RETIRED, TrainConfig, numeric_settings, to_yaml
 from mnist.training.distortion import Distortion
 from mnist.training.loop import Sample, fit
 
@@ -83,8 +83,8 @@ def run_settings(config: TrainConfig) -> RunSettings:
     """What decides which run these settings are of."""
     return RunSettings(
         all=to_yaml(config),
-        numeric=numeric_settings(config),
-        usual=numeric_settings(TrainConfig()),
+        numeric=numeric_settings(config) | RETIRED,
+        usual=numeric_settings(TrainConfig()) | RETIRED,
     )
 
 

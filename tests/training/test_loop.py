@@ -48,7 +48,7 @@ def worlds(tmp_path_factory, data_dir) -> Path:
     )
     distorted = f"{tiny} --averaging 0.9 --schedule cosine --warmup 0.1 --nesterov"
     distorted += " --rotation 12 --scaling 0.15 --shear 0.1 --shift 2 --elastic 1.2"
-    distorted += " --thickness 0.7 --gaps 0.3"
+    distorted += " --thickness 0.7"
     jobs = [(size, f"{long} --run-name long{size}") for size in (1, 2, 3)]
     jobs += [(size, f"{tiny} --run-name tiny{size}") for size in (1, 3)]
     jobs += [(size, f"{distorted} --run-name distorted{size}") for size in (1, 2, 3)]
