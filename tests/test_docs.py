@@ -185,22 +185,26 @@ def test_a_page_begins_with_a_command(page):
 # ------------------------------------------------------------------------------------- commands
 
 # Options of others, as far as pages name them; of docker's, whether a value is the next word.
+PYTEST = {"--durations"}
 SBATCH = {"--nodes", "--gpus-per-node", "--cpus-per-task", "--array", "--partition", "--time"}
 DOCKER = {"--rm": False, "--read-only": False, "--user": True, "-v": True, "-t": True}
 DOCKER |= {"--gpus": True, "--network": True, "--tmpfs": True, "--shm-size": True}
 DOCKER |= {"--stop-timeout": True, "--build-arg": True, "--secret": True}
 # What else a block may begin a line with. A word that is unknown is a mistake.
-OTHERS = set("cat cd cmp cp diff done for git grep ls mkdir mv pip rm scancel tail wandb".split())
+OTHERS = set("cd cp diff done for git mkdir pip scancel sha256sum tail wandb".split())
 
 
 def check_line(line: str) -> None:
     """A line of a block: every command in it."""
     lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
     lexer.whitespace_split = True
-    words = list(lexer)
-    for simple, some in itertools.groupby(words, lambda word: not set(word) <= set(";&|()")):
+    variables: dict[str, str] = {}
+    for simple, some in itertools.groupby(lexer, lambda word: not set(word) <= set(";&|()")):
         command = list(itertools.takewhile(lambda word: not set(word) <= set("<>"), some))
-        if simple and not check_command(command[1:] if command[0] == "do" else command):
+        if command[0] == "for":  # name in first …
+            variables[f"${command[1]}"] = command[3]
+        command = [variables.get(word, word) for word in command[command[0] == "do" :]]
+        if simple and not check_command(command):
             raise PageError(f"no command that is known here: {command[0]}")
 
 
@@ -228,7 +232,7 @@ def check_command(words: list[str]) -> bool:
     What stands for something of the reader's is left out, or gets a value.
     """
     words = [w for w in words if w != "…" and not w.startswith("[")]
-    words = [re.sub(r"(^|=)(N|\$\w+)$", r"\g<1>1", w) for w in words]
+    words = [re.sub(r"(^|=)N$", r"\g<1>1", w) for w in words]
     words = list(itertools.dropwhile(re.compile(r"[A-Z_]+=").match, words))
     if not words:
         return True
@@ -429,11 +433,11 @@ def options_of(job: str) -> set[str]:
 
 @cache
 def known_options() -> set[str]:
-    """Of the jobs, their launchers, scripts, sbatch, and launchers of others, with - for _."""
+    """Of the jobs, scripts, pytest, sbatch and launchers, with - for _."""
     from accelerate.commands.launch import launch_command_parser
     from torch.distributed.run import get_args_parser
 
-    known = set().union(*map(options_of, PARSERS), launchers_options(), SBATCH)
+    known = set().union(*map(options_of, PARSERS), launchers_options(), PYTEST, SBATCH)
     for parser in (launch_command_parser(), get_args_parser()):
         known |= {
             name.replace("_", "-") for action in parser._actions for name in action.option_strings
