@@ -73,20 +73,20 @@ import datetime, json, os, sys, time
 sys.path.insert(0, sys.argv[1])
 import fork_worlds
 from mnist import distributed
-from mnist.evaluation import job
+from mnist.evaluation import job as evaluation
 from mnist.training import loop
 
-distributed.COLLECTIVE_TIMEOUT = datetime.timedelta(seconds=1.5)
+distributed.COLLECTIVE_TIMEOUT = datetime.timedelta(seconds=1)
 def late(function):
     def wrapped(*arguments, **options):
         if os.environ["RANK"] == "1":
-            time.sleep(3)
+            time.sleep(2)
         return function(*arguments, **options)
     return wrapped
 
 fork_worlds.connect = late(fork_worlds.connect)
 loop.load_mnist = late(fork_worlds.loader_of_first(2000))
-job.open_inputs = late(job.open_inputs)
+evaluation.open_inputs = late(evaluation.open_inputs)
 train, evaluate = json.loads(sys.argv[2])
 for job, options in (("train", train), ("evaluate", [evaluate])):
     port = fork_worlds.free_port()

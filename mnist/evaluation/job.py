@@ -233,7 +233,7 @@ def _report(
     world: World,
     batch_size: int,
 ) -> dict[str, Any]:
-    """The content of ``report.json``; the README lists its fields."""
+    """The content of ``report.json``; docs/evaluate.md lists its fields."""
     name = weights.run.resolve().name if weights.run else weights.path
     return {
         "title": f"{name} on {inputs.description}",

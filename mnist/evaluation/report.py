@@ -81,7 +81,7 @@ class Tally:
 
 
 def figures(tally: Tally) -> dict[str, Any]:
-    """The figures of ``report.json`` that come from the sums: see the README for its fields."""
+    """The figures of ``report.json`` that come from the sums: docs/evaluate.md lists its fields."""
     scored, labelled = int(tally.predicted.sum()), int(tally.confusion.sum())
     known: dict[str, Any] = dict.fromkeys(
         "correct accuracy accuracy_interval_95 cross_entropy without_disputed_labels "

@@ -633,8 +633,9 @@ DEATHS += ["CommitArtifact hangs", "file_stream is refused"]
 
 
 def bound(way: int | str) -> float:
-    """Seconds that such a job may wait at its end."""
-    return 6 if way in DEATHS else 25
+    """Seconds that such a job may wait at its end: what is tested where the server dies, and
+    enough for a busy machine elsewhere."""
+    return 6 if way in DEATHS else 60
 
 
 @pytest.fixture(scope="module")
@@ -672,7 +673,6 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Any, Future[
                 for name, port in (("refused", closed), ("black hole", silent)):
                     place[name] = f"127.0.0.1:{port.getsockname()[1]}"
                 env["WANDB_BASE_URL"] = f"http://{place[way]}"
-            # A server that dies takes all of it; the others have time enough on a busy machine.
             code = f"import test_tracking; test_tracking.job({str(folder)!r}, {bound(way)})"
             command = [sys.executable, "-c", code]
             env["PYTHONPATH"] = (
