@@ -16,10 +16,10 @@ if __name__ == "__main__":
 
     with exit_codes("evaluate.py"):
         die_with_launcher()
+        config = parse_evaluate_config(sys.argv[1:])
         from mnist.threads import surroundings
 
         surroundings()  # before torch is imported
-        config = parse_evaluate_config(sys.argv[1:])
         from mnist.evaluation.job import evaluate
 
         evaluate(config)

@@ -18,12 +18,12 @@ if __name__ == "__main__":
 
     with exit_codes("train.py"):
         die_with_launcher()
+        config = parse_train_config(sys.argv[1:])
         from mnist.figures import Painter
         from mnist.runs.mirror import NoMirror, WandbSettings, open_mirror
         from mnist.threads import surroundings
 
         surroundings()  # before torch is imported
-        config = parse_train_config(sys.argv[1:])
         is_main = os.environ.get("RANK", "0") == "0"
         # They import Matplotlib and W&B on another core while this process imports torch.
         mirror = open_mirror(WandbSettings.of(config)) if is_main else NoMirror()
