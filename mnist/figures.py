@@ -183,7 +183,8 @@ def draw_predictions(
     height, width, _ = grid.shape
     head = 40  # pixels
     figure = _new_figure(width / _DPI, (height + head) / _DPI)
-    figure.suptitle(title, fontsize=11, y=1 - head / 2 / (height + head), va="center")
+    size = min(11.0, 11 * 88 / max(1, len(title)))  # a run's name may be long
+    figure.suptitle(title, fontsize=size, y=1 - head / 2 / (height + head), va="center")
     figure.figimage(grid)  # pixel by pixel
     _save(figure, path, model)
 

@@ -154,8 +154,8 @@ def held_out(run: Path) -> tuple[int, int]:
     found: list[int] = []
     for name in ("validation_size", "seed"):
         value = settings.get(name)
-        if type(value) is not int or value < 0:
-            raise InputError(f"{path} is damaged: {name} is {value}, not 0 or more")
+        if type(value) is not int or value < 0 or (name != "seed" and value > 59_000):
+            raise InputError(f"{path} is damaged: {name} is {value}")
         found.append(value)
     return found[0], found[1]
 
