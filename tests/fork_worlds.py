@@ -10,9 +10,12 @@ final model, [world size, "interrupt", options], where rank 1 is asked to stop a
 import json
 import os
 import socket
+import subprocess
 import sys
 import traceback
+from collections.abc import Sequence
 from contextlib import ExitStack
+from typing import Any
 
 from mnist.data import Digits, load_mnist
 from mnist.distributed import connect
@@ -23,6 +26,12 @@ from mnist.training import loop
 from mnist.training.config import parse_train_config
 from mnist.training.job import open_run, save_final
 from mnist.training.loop import fit
+
+
+def in_worlds(jobs: Sequence[Sequence[Any]]) -> None:
+    """Have these jobs run, in a process of their own."""
+    command = [sys.executable, __file__]
+    subprocess.run(command, input=json.dumps(jobs), text=True, check=True, timeout=100)
 
 
 def free_port() -> int:

@@ -17,7 +17,7 @@ MODULES = {
 # From the top down. On each floor are rooms (folders), or modules that are a room of their own; one
 # may use those below, and none above or beside it.
 FLOORS = [
-    {"jobs", "launch", "tracking"},  # the last for a command that earlier versions have printed
+    {"jobs", "launch", "sweep", "tracking"},  # the last two are commands of earlier versions
     {"training", "reading"},
     {"evaluation"},
     {"runs", "model", "normaliser"},

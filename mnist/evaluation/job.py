@@ -1,6 +1,7 @@
 """The evaluation job: which model on which images, where the report goes, and the summary."""
 
 import json
+import math
 import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -152,9 +153,9 @@ def held_out(run: Path) -> tuple[int, int]:
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
     found: list[int] = []
-    for name in ("validation_size", "seed"):
+    for name, most in (("validation_size", 59_000), ("seed", math.inf)):
         value = settings.get(name)
-        if type(value) is not int or value < 0 or (name != "seed" and value > 59_000):
+        if type(value) is not int or not 0 <= value <= most:
             raise InputError(f"{path} is damaged: {name} is {value}")
         found.append(value)
     return found[0], found[1]

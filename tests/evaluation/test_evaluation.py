@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fork_worlds import in_worlds
 from safetensors.numpy import load_file
 
 from mnist.cli import InputError
@@ -152,13 +153,7 @@ def test_any_world_writes_the_same_predictions(tmp_path, model_file, images):
             for size in sizes
         ]
         jobs.append((world, "evaluate", [words.split() for words in options]))
-    subprocess.run(
-        [sys.executable, Path(__file__).parents[1] / "fork_worlds.py"],
-        input=json.dumps(jobs),
-        text=True,
-        check=True,
-        timeout=100,
-    )
+    in_worlds(jobs)
     for size in sizes:
         one = tmp_path / f"{size}-1"
         assert len(table(one)) == size

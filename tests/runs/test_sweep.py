@@ -72,12 +72,13 @@ def test_grid_is_ranked_by_validation_and_shows_no_test_accuracy(tmp_path):
     assert "learning-rate=0.2+seed=1, ended with code 2" in shown and "not started: 2" in shown
 
 
-def test_seeds_of_the_same_settings_show_test_accuracy(tmp_path):
+@pytest.mark.parametrize("command", ["mnist.runs.sweep", "mnist.sweep"])  # the latter is of old
+def test_seeds_of_the_same_settings_show_test_accuracy(tmp_path, command):
     for seed, accuracy in enumerate((0.97, 0.98)):
         make_run(tmp_path, f"seed={seed}", 0.9, accuracy)
     make_tasks(tmp_path, "seed=0 0", "seed=1 0")
-    command = [sys.executable, "-m", "mnist.runs.sweep", tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    words = [sys.executable, "-m", command, tmp_path]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
     [row] = json.loads((tmp_path / "summary.json").read_text())["ranking"]
     assert row["test_accuracy"]["of_each"] == [0.97, 0.98]
     assert "97.50% ± 0.71" in done.stdout

@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from fork_worlds import in_worlds
 from safetensors.torch import load_file
 
 from mnist import model as model_module
@@ -53,13 +52,7 @@ def worlds(tmp_path_factory, data_dir) -> Path:
     jobs += [(size, f"{tiny} --run-name tiny{size}") for size in (1, 3)]
     jobs += [(size, f"{distorted} --run-name distorted{size}") for size in (1, 2, 3)]
     jobs += [(size, f"{half} --run-name half{size}{again}") for size in (2, 3) for again in "ab"]
-    subprocess.run(
-        [sys.executable, Path(__file__).parents[1] / "fork_worlds.py"],
-        input=json.dumps([(size, "train", options.split()) for size, options in jobs]),
-        text=True,
-        check=True,
-        timeout=100,
-    )
+    in_worlds([(size, "train", options.split()) for size, options in jobs])
     return runs
 
 

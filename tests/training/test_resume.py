@@ -21,7 +21,7 @@ import pytest
 import stress
 import torch
 import yaml
-from fork_worlds import loader_of_first
+from fork_worlds import in_worlds, loader_of_first
 from safetensors.torch import load_file
 from wandb_logs import history, logs, metrics_only
 
@@ -599,13 +599,7 @@ def test_world_may_change_in_the_middle(tmp_path, data_dir):
     for other in (1, 3):
         changing = f"{common} --run-name to{other} --checkpoint-every 40".split()
         jobs += [[2, "interrupt", changing], [other, "train", changing]]
-    subprocess.run(
-        [sys.executable, Path(__file__).parents[1] / "fork_worlds.py"],
-        input=json.dumps(jobs),
-        text=True,
-        check=True,
-        timeout=100,
-    )
+    in_worlds(jobs)
     one = load_file(runs / "alone" / "model.safetensors")
     for other in (1, 3):
         changed = load_file(runs / f"to{other}" / "model.safetensors")
