@@ -1,10 +1,11 @@
 """A run's folder: whose it is, where its training begins or goes on, what it runs on."""
 
 import contextlib
+import dataclasses
 import errno
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,8 @@ import yaml
 from filelock import FileLock, Timeout
 
 from mnist.cli import InputError, option, read_yaml
-from mnist.distributed import World
+from mnist.distributed import PRECISIONS, World
+from mnist.products import Kind
 from mnist.runs.checkpoint import (
     all_checkpoints,
     newest_checkpoint,
@@ -53,10 +55,17 @@ class Start:
     seconds: float = 0.0  # of training, up to there
     open_seconds: float = 0.0  # since then
     precision: str | None = None  # as the first start settled it
+    products: Kind | None = None  # likewise
 
 
 def open_run_folder(
-    folder: Path, settings: RunSettings, world: World, stack: ExitStack, *, fresh: bool
+    folder: Path,
+    settings: RunSettings,
+    world: World,
+    stack: ExitStack,
+    *,
+    fresh: bool,
+    faster_products: Callable[[World], Kind],
 ) -> Start:
     """Make the run's folder, or check that it is of the same run; say where training begins.
 
@@ -66,6 +75,8 @@ def open_run_folder(
         world: what the run runs on.
         stack: holds the folder's lock until it is closed.
         fresh: whether to move what is there aside, instead of going on in it.
+        faster_products: which products the run is to take, if neither its settings nor the folder
+            say so; given the world with the run's precision.
 
     Raises:
         InputError: the folder is in use, of other settings, something else, has no good checkpoint
@@ -86,7 +97,12 @@ def open_run_folder(
         start = _find_start(folder)
         if start.precision == "fp16" and world.device.type == "cpu":
             raise InputError(f"{folder} is a run in fp16, which takes a GPU to go on")
-        write_file(folder / "config.yaml", yaml.safe_dump(dict(settings.all), sort_keys=False))
+        if start.precision is not None:
+            world = dataclasses.replace(world, precision=PRECISIONS[start.precision])
+        products = _products(folder, settings) or faster_products(world)
+        start = dataclasses.replace(start, products=products)
+        contents = {**settings.all, "products": products}
+        write_file(folder / "config.yaml", yaml.safe_dump(contents, sort_keys=False))
         _record_environment(folder / "environment.json", world, start)
     except FileExistsError:
         raise InputError(f"--runs-dir {folder.parent} is not a folder") from None
@@ -94,6 +110,14 @@ def open_run_folder(
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise InputError(f"run folder {folder}: {reason}; see --runs-dir") from None
     return start
+
+
+def _products(folder: Path, settings: RunSettings) -> Kind | None:
+    """What the settings say, or else the run's folder, if that is more than "auto"."""
+    asked = settings.all["products"]
+    if asked == "auto" and (folder / "config.yaml").exists():
+        asked = recorded_settings(folder).get("products")
+    return asked if asked in ("torch", "onednn") else None
 
 
 def refuse_other_run(folder: Path, settings: RunSettings) -> None:
@@ -116,9 +140,12 @@ def _is_complete(folder: Path, settings: RunSettings) -> bool:
     if not (folder / "config.yaml").exists():
         return False
     recorded = {**settings.usual, **recorded_settings(folder)}
+    numeric = dict(settings.numeric)
+    if "auto" not in (settings.all["products"], recorded.get("products", "auto")):
+        numeric["products"] = settings.all["products"]
     changed = [
         f"{option(name)} {recorded[name]} there, {value} here"
-        for name, value in settings.numeric.items()
+        for name, value in numeric.items()
         if recorded[name] != value
     ]
     if changed:

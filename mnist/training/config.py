@@ -88,6 +88,9 @@ class TrainConfig:
     to 1."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Of the large matrix products; auto: the launcher's, else bf16 where it is native."""
+    products: Literal["auto", "torch", "onednn"] = "auto"
+    """Whose matrix products train on CPUs. They differ in their last bits; auto: the faster, as
+    measured at the first start, and written into the run's config.yaml."""
     exact_sums: bool = True
     """In fp32 on CPUs, have every process sum the gradients of the whole global batch, in the same
     order: then worlds of any size end with the same weights. Free for one process; of several,

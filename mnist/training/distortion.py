@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mnist.data import IMAGE_SHAPE, MEAN, STD, derived_seed
-from mnist.model import product
+from mnist.products import row_stable_product
 from mnist.training.config import TrainConfig
 
 _GROUND = -MEAN / STD  # a pixel without ink, as the network gets it
@@ -93,7 +93,8 @@ class Distortion:
         """
         count = len(images)
         weights = self.weights(step, batch_size)[rows].to(images.device).flatten(0, 1)
-        grid = product(weights, self._maps).view(count, 2, *IMAGE_SHAPE).permute(0, 2, 3, 1)
+        product = row_stable_product(weights.dtype, weights.device)
+        grid = product(weights, self._maps.t()).view(count, 2, *IMAGE_SHAPE).permute(0, 2, 3, 1)
         ink = (images.float() - _GROUND).view(count, *IMAGE_SHAPE)
         if self._config.thickness:
             ink = _redraw(ink, self.strokes(step, batch_size)[rows].to(images.device))

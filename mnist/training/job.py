@@ -1,5 +1,6 @@
 """The training job: data, training, final model, evaluation, figures, summary."""
 
+import dataclasses
 import signal
 from contextlib import ExitStack
 from functools import partial
@@ -35,6 +36,7 @@ from mnist.system import StopRequest, die_with_launcher, sha256, warn
 from mnist.training.config import RETIRED, TrainConfig, numeric_settings, to_yaml
 from mnist.training.distortion import Distortion
 from mnist.training.loop import Sample, fit
+from mnist.training.trial import faster_products
 
 
 def train(config: TrainConfig, painter: Painter | None, mirror: NoMirror) -> None:
@@ -64,6 +66,7 @@ def train(config: TrainConfig, painter: Painter | None, mirror: NoMirror) -> Non
             if world.is_main:
                 print(f"{folder} is complete")
         else:
+            config = dataclasses.replace(config, products=start.products or "auto")
             mirror.begin(folder)
             model = fit(config, world, start, stop, mirror)
             if world.is_main:
@@ -91,7 +94,12 @@ def run_settings(config: TrainConfig) -> RunSettings:
 def open_run(config: TrainConfig, world: World, stack: ExitStack) -> Start:
     """Where the run of these settings begins or goes on; see ``open_run_folder``."""
     return open_run_folder(
-        config.run_folder, run_settings(config), world, stack, fresh=config.fresh
+        config.run_folder,
+        run_settings(config),
+        world,
+        stack,
+        fresh=config.fresh,
+        faster_products=partial(faster_products, config),
     )
 
 

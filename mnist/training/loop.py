@@ -155,7 +155,9 @@ def fit(
     interrupted = False
     with ExitStack() as stack:
         with world.preparing():
-            training, validation = load_training_data(config, world)
+            model = MLP(config.hidden_sizes).initialise(config.seed)
+            learner = Learner(model, config, world, start.products)
+            training, validation = load_training_data(config, world, learner.input_dtype)
             plan = Plan(len(training), config)
             batches = GlobalBatches(
                 size=len(training),
@@ -166,7 +168,6 @@ def fit(
                 start_step=start.step,
                 stop_step=plan.steps,
             )
-            learner = Learner(MLP(config.hidden_sizes).initialise(config.seed), config, world)
             if start.checkpoint is not None:
                 load_checkpoint(learner, start.checkpoint)
             distort = Distortion(config, world.device) if config.distorts else None
@@ -258,14 +259,16 @@ def load_checkpoint(learner: Learner, files: dict[str, bytes]) -> None:
     learner.load(load(files["model.safetensors"]), load(files["optimizer.safetensors"]))
 
 
-def load_training_data(config: TrainConfig, world: World) -> tuple[BatchedDigits, BatchedDigits]:
+def load_training_data(
+    config: TrainConfig, world: World, dtype: torch.dtype
+) -> tuple[BatchedDigits, BatchedDigits]:
     """All training images, and this rank's share of the validation images, ready on the device."""
     digits = load_mnist(config.data_dir, "train")
     chosen, held_out = split_validation(digits.labels, config.validation_size, config.seed)
     share = held_out[rank_slice(len(held_out), world.rank, world.size)]
 
     def prepared(indices: Tensor) -> BatchedDigits:
-        images = normalise(digits.images[indices], world.precision)
+        images = normalise(digits.images[indices], dtype)
         return BatchedDigits(images.to(world.device), digits.labels[indices].to(world.device))
 
     return prepared(chosen), prepared(share)

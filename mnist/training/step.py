@@ -2,8 +2,9 @@
 
 Weights, optimizer state and gradient are one buffer each, so that the all-reduce, the update and
 the cast to half precision are one operation each, always in the same layout. A step at batch 64
-takes half the time of autograd with autocast, and repeats bit for bit (DistributedDataParallel
-regroups its buckets after the first step of a process).
+takes half the time of autograd, and repeats bit for bit (DistributedDataParallel regroups its
+buckets after the first step of a process). Results are written into buffers that are made once for
+each size of a batch: memory that was used just before is in a cache, and new one is not.
 """
 
 from collections.abc import Sequence
@@ -16,12 +17,13 @@ from torch.nn.utils import parameters_to_vector
 
 from mnist.data import rank_slice
 from mnist.distributed import World, widest_float
-from mnist.model import CLASSES, MLP, find_product
+from mnist.model import CLASSES, MLP
+from mnist.products import Kind, training_products
 from mnist.training.config import TrainConfig
 
 # Layers after the last one of this many weights stay in float32, the logits among them: small
-# products gain nothing in half precision (64×64 at batch 64 on a CPU: 61 us in bf16, 12 in fp32).
-_HALF_PRECISION_MIN_WEIGHTS = 2**15
+# products gain nothing in half precision (256×128 at batch 64 on a CPU: 64 us in bf16, 36 in fp32).
+_HALF_PRECISION_MIN_WEIGHTS = 2**16
 
 _SCALE_GROWTH_INTERVAL = 2000  # steps without overflow after which the fp16 loss scale doubles
 
@@ -34,6 +36,18 @@ class _Layer(NamedTuple):
 
     weight: Tensor  # outputs × inputs
     bias: Tensor  # outputs
+    transposed: Tensor  # inputs × outputs
+
+
+class _Buffers(NamedTuple):
+    """For the steps of so many images: each layer's output, and the derivative of the loss by it;
+    of all but the last layer, whose outputs stay until they are scored."""
+
+    outputs: list[Tensor]
+    deltas: list[Tensor]
+
+
+_NONE = _Buffers([], [])
 
 
 class Learner:
@@ -41,14 +55,29 @@ class Learner:
 
     ``model`` shares memory with ``average``, which is ``parameters`` itself unless the settings ask
     for an average of the weights: always current, always float32. Layers in half precision compute
-    from a copy of ``parameters`` that each update renews, as autocast would make it.
+    from a copy of ``parameters`` that each update renews, as autocast would make it, unless their
+    products round what they read.
+
+    Args:
+        model: which is taken over.
+        config: the settings.
+        world: the processes that step together.
+        products: whose matrix products to take on CPUs; by default the setting's, else torch's.
     """
 
-    def __init__(self, model: MLP, config: TrainConfig, world: World) -> None:
+    def __init__(
+        self, model: MLP, config: TrainConfig, world: World, products: Kind | None = None
+    ) -> None:
         self.model, self.config, self.world = model, config, world
+        kind = products or ("onednn" if config.products == "onednn" else "torch")
+        full, large_product, rounds = training_products(kind, world.precision, world.device)
         weights = [layer.weight.numel() for layer in model.layers]
         large = [i for i, count in enumerate(weights) if count >= _HALF_PRECISION_MIN_WEIGHTS]
-        half_layers = large[-1] + 1 if large and world.precision != torch.float32 else 0
+        large_layers = large[-1] + 1 if large and world.precision != torch.float32 else 0
+        half_layers = 0 if rounds else large_layers
+        self._products = [large_product] * large_layers
+        self._products += [full] * (len(weights) - large_layers)
+        self._buffers: dict[int, _Buffers] = {}
 
         self.parameters = parameters_to_vector(model.parameters()).detach().to(world.device)
         self.average = self.parameters.clone() if config.averaging else self.parameters
@@ -72,16 +101,14 @@ class Learner:
         )
         self._half = self.parameters[:half_size].to(world.precision)
         self._half_gradient = torch.zeros_like(self._half)
-        self._product = find_product(world.device, world.precision)
-        # In half precision oneDNN's overhead of 10 us is more than small products take.
-        self._product_layers = len(model.layers) if exact else half_layers
         self._layers = self._views(self.parameters, self._half)
         self._gradients = self._views(self.gradient, self._half_gradient)
-        for layer, (weight, bias) in zip(model.layers, self._views(self.average), strict=True):
-            layer.weight.data, layer.bias.data = weight, bias
+        for layer, views in zip(model.layers, self._views(self.average), strict=True):
+            layer.weight.data, layer.bias.data = views.weight, views.bias
 
         self._targets = torch.eye(CLASSES, device=world.device)
         self._targets += config.label_smoothing * (1 / CLASSES - self._targets)
+        self._negative_shares = self._targets, 0  # of a batch size
         # The gradients of fp16 underflow unless the loss is scaled up; other precisions need none.
         scaled = world.precision == torch.float16
         self.loss_scale = torch.tensor(2.0**16, device=world.device) if scaled else None
@@ -96,7 +123,7 @@ class Learner:
             stop = middle + layer.bias.numel()
             buffer = half if half is not None and stop <= len(half) else flat
             weight = buffer[start:middle].view(layer.weight.shape)
-            layers.append(_Layer(weight, buffer[middle:stop]))
+            layers.append(_Layer(weight, buffer[middle:stop], weight.t()))
             start = stop
         return layers
 
@@ -113,8 +140,7 @@ class Learner:
         """Learn from one global batch.
 
         Args:
-            images: this rank's slice of it, n×784, normalised, in the training precision; n may
-                be 0.
+            images: this rank's slice of it, n×784, normalised, of ``input_dtype``; n may be 0.
             labels: int64, n.
             batch_size: images in the global batch, over all ranks: the divisor of the loss.
             learning_rate: of this step.
@@ -184,40 +210,66 @@ class Learner:
         state: dict[str, Tensor] = {name: getattr(self, name) for name in names}
         return state if self.loss_scale is None else state | {"loss_scale": self.loss_scale}
 
+    @property
+    def input_dtype(self) -> torch.dtype:
+        """Of the images, as the first layer takes them."""
+        return self._layers[0].weight.dtype
+
     def logits(self, images: Tensor) -> Tensor:
-        """Logits, n×10 float32, of normalised images, n×784, in the training precision: those of
+        """Logits, n×10 float32, of normalised images, n×784, of ``input_dtype``: those of
         ``model``."""
         if self.average is self.parameters:
             return self._forward(images, self._layers)[1]
         half = self.average[: len(self._half)].to(self._half.dtype)
         return self._forward(images, self._views(self.average, half))[1]
 
-    def _forward(self, images: Tensor, layers: Sequence[_Layer]) -> tuple[list[Tensor], Tensor]:
+    def gradient_of(self, images: Tensor, labels: Tensor) -> Tensor:
+        """A copy of the gradient that a step of these images alone would have; nothing is changed
+        but the gradient."""
+        unscored = self._unscored.copy()
+        self._sum(*self._differentiate(images, labels, max(1, len(images))))
+        self._unscored = unscored
+        return self.reduced[:-1].clone()
+
+    def _buffers_for(self, count: int) -> _Buffers:
+        if count not in self._buffers:
+            layers = self._layers[:-1]
+            made = (
+                [layer.bias.new_empty(count, len(layer.bias)) for layer in layers] for _ in "od"
+            )
+            self._buffers[count] = _Buffers(*made)
+        return self._buffers[count]
+
+    def _forward(
+        self, images: Tensor, layers: Sequence[_Layer], buffers: _Buffers = _NONE
+    ) -> tuple[list[Tensor], Tensor]:
         """The input of each layer, in its precision, and the logits."""
         inputs: list[Tensor] = []
         hidden = images
-        for index, (weight, bias) in enumerate(layers):
+        for index, (weight, bias, transposed) in enumerate(layers):
             if index:
                 hidden = hidden.relu_()
             if hidden.dtype is not weight.dtype:
                 hidden = hidden.to(weight.dtype)
             inputs.append(hidden)
-            if index < self._product_layers:
-                hidden = self._product(hidden, weight, bias)
-            else:
-                hidden = torch.addmm(bias, hidden, weight.t())
+            out = buffers.outputs[index] if index < len(buffers.outputs) else None
+            hidden = self._products[index](hidden, transposed, bias, out)
         return inputs, hidden.float()
 
     def _differentiate(
         self, images: Tensor, labels: Tensor, batch_size: int
     ) -> tuple[list[Tensor], list[Tensor]]:
         """For n images: the input of each layer, and the derivative of the loss by its output."""
-        inputs, logits = self._forward(images, self._layers)
+        buffers = self._buffers_for(len(images))
+        inputs, logits = self._forward(images, self._layers, buffers)
         self._unscored.append((logits, labels))
         if len(self._unscored) * len(images) > _UNSCORED_IMAGES:
             self._score()
         # Of cross-entropy over softmax, by the logits; then backwards by each layer's output.
-        delta = logits.softmax(1).sub_(self._targets[labels]).div_(batch_size)
+        if self._negative_shares[1] != batch_size:
+            self._negative_shares = self._targets / -batch_size, batch_size
+        negative = self._negative_shares[0].index_select(0, labels)
+        delta = negative.add_(logits.softmax(1), alpha=1 / batch_size)
         if self.loss_scale is not None:
             delta *= self.loss_scale
         deltas: list[Tensor] = []
@@ -227,9 +279,12 @@ class Learner:
                 delta = delta.to(weight.dtype)
             deltas.append(delta)
             if index:
-                by_product = index < self._product_layers
-                delta = self._product(delta, weight.t()) if by_product else delta @ weight
-                delta = torch.ops.aten.threshold_backward(delta, layer_input, 0)
+                buffer = buffers.deltas[index - 1]
+                out = buffer if buffer.dtype is weight.dtype else None
+                delta = self._products[index](delta, weight, None, out)
+                torch.ops.aten.threshold_backward.grad_input(
+                    delta, layer_input, 0, grad_input=delta
+                )
         return inputs, deltas[::-1]
 
     def _score(self) -> None:
@@ -249,14 +304,12 @@ class Learner:
 
     def _sum(self, inputs: list[Tensor], deltas: list[Tensor]) -> None:
         """Fill the gradient with the sum over images."""
-        for index, (weight, bias) in enumerate(self._gradients):
+        for index, (weight, bias, _) in enumerate(self._gradients):
             delta, layer_input = deltas[index], inputs[index]
             torch.sum(delta, 0, out=bias)
-            if weight.dtype is torch.float32 and index < self._product_layers:
-                self._product(delta.t(), layer_input.t(), out=weight)
-            else:
-                torch.mm(delta.t(), layer_input, out=weight)
-        self.gradient[: len(self._half)].copy_(self._half_gradient)
+            self._products[index](delta.t(), layer_input, None, weight)
+        if len(self._half):
+            self.gradient[: len(self._half)].copy_(self._half_gradient)
 
     def _gather(self, columns: list[Tensor], batch_size: int, stop: bool) -> list[Tensor]:
         """The rows of the global batch, from those that this rank has.
@@ -331,7 +384,8 @@ class Learner:
             )
         if self.loss_scale is not None and overflow is not None:
             self._adapt_loss_scale(self.loss_scale, overflow)
-        self._half.copy_(self.parameters[: len(self._half)])
+        if len(self._half):
+            self._half.copy_(self.parameters[: len(self._half)])
 
     def _adapt_loss_scale(self, scale: Tensor, overflow: Tensor) -> None:
         """Halve the scale after an overflow, double it after a long time without one."""
