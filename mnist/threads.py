@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 # By these OpenMP gives fewer threads than are asked for; newer ones add _ALL and _DEV.
 _GIVES_FEWER = ("OMP_DYNAMIC", "OMP_MAX_ACTIVE_LEVELS", "OMP_THREAD_LIMIT")
+_OPENMP = ("OMP_", "GOMP_", "KMP_")
 BINDING = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY")
 """By these OpenMP binds threads to cores, the main one as soon as it is loaded: the affinity of
 this process, and of those that it starts, is one core from then on."""
@@ -39,14 +40,18 @@ class Surroundings:
     """The user's OMP_NUM_THREADS, if any."""
     limit: int | None = None
     """OMP_THREAD_LIMIT, if any."""
+    owns_openmp: bool = False
+    """Whether the user has said how OpenMP is to compute or to wait."""
 
 
 @cache
 def surroundings() -> Surroundings:
     """What this process has found around it; to be called first before torch is imported, as it
     takes out of the environment what would make products wrong."""
+    users = _users_environment()
     found = Surroundings(
-        asked=_first_number(_users_environment().get("OMP_NUM_THREADS")),
+        asked=_first_number(users.get("OMP_NUM_THREADS")),
+        owns_openmp=any(name.startswith(_OPENMP) for name in users),
         limit=_first_number(os.environ.get("OMP_THREAD_LIMIT")),
         cores=_count_cores(),
     )

@@ -21,7 +21,7 @@ FLOORS = [
     {"training", "reading"},
     {"evaluation"},
     {"runs", "model", "normaliser"},
-    {"data", "fetch", "distributed", "figures"},
+    {"data", "fetch", "distributed", "figures", "pace"},
     {"arrays", "meeting", "products", "threads"},
     {"cli", "system"},
 ]

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from mnist import model as model_module
 from mnist.cli import InputError
-from mnist.model import MLP, load_model, product, save_model
+from mnist.model import MLP, load_model, save_model
 
 WIDTHS = (20, 16, 12, 14)
 

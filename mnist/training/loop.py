@@ -30,6 +30,7 @@ from mnist.data import (
 )
 from mnist.distributed import PRECISIONS, World, widest_float
 from mnist.model import MLP, model_bytes
+from mnist.pace import Pace, SpeedWatch
 from mnist.runs.checkpoint import Contents, Saver
 from mnist.runs.folder import Start
 from mnist.runs.metrics import NoTracker, Tracker
@@ -39,7 +40,7 @@ from mnist.training.config import TrainConfig, to_yaml
 from mnist.training.distortion import Distortion
 from mnist.training.step import Learner
 
-_VALIDATION_BATCH = 4096  # large enough for full speed; the activations stay in megabytes
+_VALIDATION_BATCH = 1024  # large enough for full speed; the activations stay in megabytes
 _GPU_STEPS_BETWEEN_LOOKS = 16  # at whether to stop: each waits for the GPU
 
 
@@ -182,12 +183,24 @@ def fit(
                     Saver(config.run_folder / "checkpoints", config.keep_checkpoints)
                 )
         interval = Interval(plan, start)
+        pace = Pace(
+            world.threads if world.device.type == "cpu" else 1,
+            partial(results_of_steps, learner, training, validation, plan, distort),
+        )
+        stack.callback(pace.close)
+        watch = SpeedWatch("training", world.threads)
+        resumed = time.perf_counter()
         for step, (images, labels) in enumerate(load_batches(training, batches), start.step + 1):
             rate, batch_size = plan.learning_rate(step), plan.batch_size(step)
             if distort is not None:
                 rows = rank_slice(batch_size, world.rank, world.size)
                 images = distort(images, step, batch_size, rows)
             learner.step(images, labels, batch_size, rate, plan.averaging(step), stop.requested)
+            if step % look_every == 0:
+                interrupted = step < plan.steps and learner.asked_to_stop()
+            seconds = time.perf_counter() - resumed
+            pace.count(seconds)
+            watch.count(batch_size, seconds)
             if plan.ends_epoch(step) or step % config.log_every == 0:
                 row = interval.end(step, learner.take_totals())
                 if plan.ends_epoch(step) and config.validation_size:
@@ -197,8 +210,6 @@ def fit(
                 check_finite(row, learner, training.images, plan)
                 tracker.log(row)
                 interval.begin()
-            if step % look_every == 0:
-                interrupted = step < plan.steps and learner.asked_to_stop()
             due = config.checkpoint_every is not None and step % config.checkpoint_every == 0
             saves = plan.ends_epoch(step) or due or interrupted
             if saves:
@@ -209,6 +220,7 @@ def fit(
                 saver.save(step, checkpoint_files(learner, state, config), verified=send)
             if interrupted:
                 break
+            resumed = time.perf_counter()
     if interrupted:
         # All learn it together: a launcher ends the others as soon as one has ended.
         saved = world.from_main(lambda: saver is not None and saver.newest == step)
@@ -222,6 +234,28 @@ def fit(
             )
         raise SystemExit(75 if saved else 1)
     return learner.model
+
+
+def results_of_steps(
+    learner: Learner,
+    training: BatchedDigits,
+    validation: BatchedDigits,
+    plan: Plan,
+    distort: Distortion | None,
+) -> list[Tensor]:
+    """What steps and validation compute, in all sizes that batches have, without consequences."""
+    rank, size = learner.world.rank, learner.world.size
+    found: list[Tensor] = []
+    for step in (1, plan.steps_per_epoch):  # of which the last may be smaller
+        batch_size = plan.batch_size(step)
+        rows = rank_slice(batch_size, rank, size)
+        images, labels = training.images[rows], training.labels[rows]
+        if distort is not None:
+            images = distort(images, step, batch_size, rows)
+            found.append(images)
+        found.append(learner.gradient_of(images, labels))
+    chunks = validation.images.split(_VALIDATION_BATCH)
+    return found + [learner.logits(chunk) for chunk in {len(c): c for c in chunks}.values()]
 
 
 def check_finite(row: dict[str, Any], learner: Learner, images: Tensor, plan: Plan) -> None:
