@@ -18,9 +18,12 @@ from mnist.threads import surroundings, usable_cores
 
 _WINDOW_SECONDS = 0.04  # several slices that the scheduler gives
 _WINDOW_STEPS = 6
-_SLOWER = 1.3  # times the best so far: others are at work
+# Others are at work if the system takes cores away, so often a second (25 times on an idle machine,
+# nearly 200 beside a busy loop), or if steps take so many times as long as the best did; or somewhat
+# of both.
+_SWITCHES, _SLOWER = 120.0, 2.0
+_SOME_SWITCHES, _SOMEWHAT_SLOWER = 50.0, 1.3
 _BETTER = 0.95  # of the time: worth a change
-_SWITCHES = 60.0  # a second that were not of a process's own will: nearly 200 beside a busy loop
 _EXCESS_STEPS = 3.0  # that a trial may cost
 _PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.1, 2.0  # between trials
 _FREE_CORES = 0.4  # idle, for each thread more
@@ -51,6 +54,7 @@ class Pace:
         self._from: int | None = None  # the rung to go back to, in a trial
         self._mean = float("inf")  # seconds of a step, before the trial
         self._down = True  # the direction of the next trial
+        self._reach = 1  # rungs down from here, at the next trial of fewer
         self._pause, self._next_trial = _PAUSE_SECONDS, 0.0
         self._cores = _Cores()
         self._begin_window()
@@ -94,12 +98,14 @@ class Pace:
     def _look(self, mean: float, now: float) -> None:
         """Begin a trial if there is reason to."""
         rate = (_switches() - self._switches) / self._seconds
-        disturbed = rate > _SWITCHES or mean > _SLOWER * self._best[self._at]
+        times = mean / self._best[self._at]
+        disturbed = rate > _SWITCHES or times > _SLOWER
+        disturbed |= rate > _SOME_SWITCHES and times > _SOMEWHAT_SLOWER
         if now < self._next_trial:
             return
-        fewer, more = self._at - 1, self._at + 1
+        fewer, more = max(self._at - self._reach, 0), self._at + 1
         up = more < len(self._rungs) and self._cores.are_free(self._rungs[more] - self.threads)
-        down = fewer >= 0 and disturbed
+        down = fewer < self._at and disturbed
         if not (up or down):
             return
         to = fewer if down and (self._down or not up) else more
@@ -113,7 +119,10 @@ class Pace:
         tried_down = self._at < self._from
         if better:
             self._down, self._pause, self._next_trial = tried_down, _PAUSE_SECONDS, now
+            self._reach = 1
         else:
+            if tried_down:  # as far again next time: one thread fewer may be too many still
+                self._reach = self._reach + 1 if self._at else 1
             self._set(self._from)
             self._down = not tried_down
             self._next_trial = now + self._pause

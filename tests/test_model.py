@@ -7,7 +7,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mnist import model as model_module
 from mnist.cli import InputError
 from mnist.model import MLP, load_model, save_model
 
@@ -102,65 +101,3 @@ def test_other_files_are_one_clear_error(tmp_path):
         save_file(tensors, bad, {"mnist-mlp-1": json.dumps(metadata)})
         with pytest.raises(InputError, match=expected):
             load_model(bad)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [0, 1, 2, 64])
-@pytest.mark.parametrize("outputs", [30, 32])
-def test_product_is_that_of_float64(dtype, rows, outputs):
-    generator = torch.Generator().manual_seed(rows)
-    a, b, bias = (
-        torch.randn(*shape, generator=generator)
-        for shape in ((rows, 50), (outputs, 50), (outputs,))
-    )
-    a, b, bias = a.to(dtype), b.to(dtype), bias.to(dtype)
-    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {}
-    expected = a.double() @ b.double().t()
-    torch.testing.assert_close(product(a, b), expected.to(dtype), **tolerance)
-    torch.testing.assert_close(product(a, b, bias), (expected + bias).to(dtype), **tolerance)
-    # As the gradient uses it: of transposed views, with nothing to sum over in an empty slice.
-    gradient = product(a.t(), torch.ones(rows, 7, dtype=dtype).t())
-    expected = a.double().sum(0)[:, None].expand(-1, 7)
-    torch.testing.assert_close(gradient, expected.to(dtype), **tolerance)
-
-
-@pytest.mark.skipif(
-    model_module.find_product(torch.device("cpu"), torch.float32) != model_module._mkl_product,
-    reason="oneDNN makes all products here",
-)
-@pytest.mark.parametrize(("outputs", "inputs"), [(512, 784), (64, 128), (10, 64), (33, 48)])
-def test_rows_of_a_product_depend_on_nothing_else(outputs, inputs):
-    # Of MKL as it is they depend on the threads for some sizes, and on their number for few rows.
-    generator = torch.Generator().manual_seed(0)
-    a, b, bias, deltas = (
-        torch.randn(*shape, generator=generator)
-        for shape in ((4096, inputs), (outputs, inputs), (outputs,), (4096, outputs))
-    )
-    threads = torch.get_num_threads()
-    expected = product(a, b, bias)
-    sums = {n: product(deltas[:n].t(), a[:n].t()) for n in (9, 64, 500, 1024, 4096)}
-    try:
-        for count in (1, 2, 3, 4):
-            torch.set_num_threads(count)
-            for rows in (*range(1, 24), 33, 50, 64, 250, 500, 1024, 4096):
-                found = product(a[-rows:].clone(), b, bias)
-                assert torch.equal(found, expected[-rows:]), (count, rows)
-            for images, gradient in sums.items():
-                out = torch.empty_like(gradient)
-                product(deltas[:images].t(), a[:images].t(), out=out)
-                assert torch.equal(out, gradient), (count, images)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def test_product_keeps_what_is_not_a_number():
-    a = torch.ones(4, 8)
-    a[2, 3] = float("nan")
-    assert product(a, torch.ones(5, 8)).isnan().all(1).tolist() == [False, False, True, False]
-
-
-def test_canary_torch_has_onednn_s_product_on_this_cpu():
-    # Without it everything works, but slower on most CPUs, and worlds differ in their last bits.
-    if torch.backends.mkldnn.is_available():
-        bf16 = [torch.bfloat16] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else []
-        assert [torch.float32, *bf16] == model_module._ONEDNN_TYPES
