@@ -18,9 +18,9 @@ from mnist.threads import surroundings, usable_cores
 
 _WINDOW_SECONDS = 0.04  # several slices that the scheduler gives
 _WINDOW_STEPS = 6
-# Others are at work if the system takes cores away, so often a second (25 times on an idle machine,
-# nearly 200 beside a busy loop), or if steps take so many times as long as the best did; or somewhat
-# of both.
+# Others are at work if the system takes cores away so often a second (25 times on an idle machine,
+# nearly 200 beside a busy loop), or if steps take so many times as long as the best did; or if both
+# are somewhat so.
 _SWITCHES, _SLOWER = 120.0, 2.0
 _SOME_SWITCHES, _SOMEWHAT_SLOWER = 50.0, 1.3
 _BETTER = 0.95  # of the time: worth a change
@@ -40,7 +40,8 @@ class Pace:
     def __init__(self, threads: int, results: Callable[[], list[torch.Tensor]]) -> None:
         """
         Args:
-            threads: at most; with 1, or where OpenMP is as the user has set it, nothing changes.
+            threads: at most; with 1, or where the user has said how OpenMP's threads wait or where
+                they are, nothing changes.
             results: what the loop computes, in all the sizes it has; compared at each number of
                 threads before that is tried.
         """
@@ -110,6 +111,7 @@ class Pace:
             return
         to = fewer if down and (self._down or not up) else more
         if not self._is_allowed(to):
+            self._reach = self._reach + 1 if to else 1
             return
         self._from, self._mean = self._at, mean
         self._set(to)

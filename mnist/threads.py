@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 # By these OpenMP gives fewer threads than are asked for; newer ones add _ALL and _DEV.
 _GIVES_FEWER = ("OMP_DYNAMIC", "OMP_MAX_ACTIVE_LEVELS", "OMP_THREAD_LIMIT")
-_OPENMP = ("OMP_", "GOMP_", "KMP_")
 BINDING = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY")
 """By these OpenMP binds threads to cores, the main one as soon as it is loaded: the affinity of
 this process, and of those that it starts, is one core from then on."""
@@ -41,7 +40,7 @@ class Surroundings:
     limit: int | None = None
     """OMP_THREAD_LIMIT, if any."""
     owns_openmp: bool = False
-    """Whether the user has said how OpenMP is to compute or to wait."""
+    """Whether the user has said more of OpenMP than how many threads: how they wait, or where."""
 
 
 @cache
@@ -51,7 +50,10 @@ def surroundings() -> Surroundings:
     users = _users_environment()
     found = Surroundings(
         asked=_first_number(users.get("OMP_NUM_THREADS")),
-        owns_openmp=any(name.startswith(_OPENMP) for name in users),
+        owns_openmp=any(
+            name.startswith(("OMP_", "GOMP_", "KMP_")) and name != "OMP_NUM_THREADS"
+            for name in users
+        ),
         limit=_first_number(os.environ.get("OMP_THREAD_LIMIT")),
         cores=_count_cores(),
     )

@@ -1,6 +1,6 @@
 """Speed, measured side by side: scripts/bench [PART ...], of
 
-training, distortion, scoring, processes, accuracy, scaling.
+training, distortion, scoring, processes, accuracy, scaling, and, only when named, neighbour.
 
 What is compared is interleaved in rounds, and steps within a round, because absolute times wander
 by a factor of two on a shared machine; ratios are medians of the rounds' ratios. Without words, all
@@ -39,7 +39,8 @@ from mnist.evaluation.config import EvaluateConfig
 from mnist.evaluation.inputs import open_mnist
 from mnist.evaluation.scoring import score
 from mnist.fetch import fetch_mnist
-from mnist.model import MLP, load_model, product
+from mnist.model import MLP, load_model
+from mnist.products import onednn_product, onednn_rounds, rounding_product, torch_product
 from mnist.runs.metrics import read_metrics
 from mnist.system import StopRequest
 from mnist.training.config import TrainConfig, parse_train_config
@@ -47,6 +48,7 @@ from mnist.training.distortion import ELASTIC_SMOOTHNESS, Distortion
 from mnist.training.job import open_run
 from mnist.training.loop import fit
 from mnist.training.step import Learner
+from mnist.training.trial import faster_products
 
 ROOT = Path(__file__).parents[1]
 JOB = str(ROOT / "jobs/train.py")
@@ -129,10 +131,10 @@ class UsualLoop:
         self.criterion = nn.CrossEntropyLoss()
         self.training, self.test = loader(data_dir, train=True), loader(data_dir, train=False)
 
-    def epoch(self) -> float:
-        """Train on everything once."""
+    def epoch(self, steps: int | None = None) -> float:
+        """Train on everything once, or for so many steps."""
         started = time.perf_counter()
-        for images, labels in self.training:
+        for images, labels in itertools.islice(self.training, steps):
             self.step(images, labels)
         return time.perf_counter() - started
 
@@ -213,8 +215,9 @@ def bare_steps(world: World, batch: int = BATCH, steps: int = SLICE) -> Measure:
     With a rate of 0: learning one batch by heart ends in denormal numbers, which are slow.
     """
     config = TrainConfig(batch_size=batch)
-    learner = Learner(MLP(config.hidden_sizes).initialise(0), config, world)
-    images = torch.randn(batch, 784).to(world.precision)
+    kind = faster_products(config, world)
+    learner = Learner(MLP(config.hidden_sizes).initialise(0), config, world, kind)
+    images = torch.randn(batch, 784).to(learner.input_dtype)
     labels = torch.randint(0, 10, (batch,))
 
     def seconds() -> float:
@@ -227,27 +230,35 @@ def bare_steps(world: World, batch: int = BATCH, steps: int = SLICE) -> Measure:
 
 
 def bare_products(dtype: torch.dtype, batch: int, times: int, train: bool) -> Measure:
-    """The matrix products alone, each as torch or as we make it, whichever is faster."""
+    """The matrix products alone, each made in the fastest of the ways that there are."""
     widths = (784, *TrainConfig().hidden_sizes, 10)
     pairs = list(itertools.pairwise(widths))
-    weights = [torch.randn(outputs, inputs).to(dtype) for inputs, outputs in pairs]
-    inputs = [torch.randn(batch, width).to(dtype) for width in widths[:-1]]
-    deltas = [torch.randn(batch, width).to(dtype) for width in widths[1:]]
-    operands = list(zip(inputs, weights, strict=True))
+    weights = [torch.randn(outputs, inputs) for inputs, outputs in pairs]
+    inputs = [torch.randn(batch, width) for width in widths[:-1]]
+    deltas = [torch.randn(batch, width) for width in widths[1:]]
+    operands = [(x, w.t()) for x, w in zip(inputs, weights, strict=True)]
     if train:
-        operands += [(d, w.t()) for d, w in zip(deltas[1:], weights[1:], strict=True)]
-        operands += [(d.t(), x.t()) for d, x in zip(deltas, inputs, strict=True)]
+        operands += list(zip(deltas[1:], weights[1:], strict=True))
+        operands += [(d.t(), x) for d, x in zip(deltas, inputs, strict=True)]
 
     def fastest(a: torch.Tensor, b: torch.Tensor) -> Callable[[], torch.Tensor]:
-        ways = [lambda: product(a, b), lambda: a @ b.t()]
-        times: list[float] = []
-        for way in ways:
-            way()
-            started = time.perf_counter()
-            for _ in range(50):
+        ways: list[Callable[[], torch.Tensor]] = []
+        out = torch.empty(len(a), b.shape[1])
+        for kind in {torch.float32, dtype}:
+            a_, b_, out_ = a.to(kind), b.to(kind), out.to(kind)
+            ways += [
+                partial(product, a_, b_, None, out_) for product in (torch_product, onednn_product)
+            ]
+        if dtype == torch.bfloat16 and onednn_rounds():
+            ways.append(partial(rounding_product, a, b, None, out))
+        times: list[list[float]] = [[] for _ in ways]
+        for _ in range(50):
+            for way, spent in zip(ways, times, strict=True):
+                started = time.perf_counter()
                 way()
-            times.append(time.perf_counter() - started)
-        return ways[times.index(min(times))]
+                spent.append(time.perf_counter() - started)
+        medians = list(map(statistics.median, times))
+        return ways[medians.index(min(medians))]
 
     multiply = [fastest(a, b) for a, b in operands]
 
@@ -610,6 +621,87 @@ def predict(results: Results, locals_: tuple[int, ...]) -> None:
         print(f"{f'  {size:5} processes':62}{shown}")
 
 
+NEIGHBOURS = {
+    "a busy loop": "while True: pass",
+    "one that works half of the time": """
+import time
+while True:
+    end = time.perf_counter() + 0.05
+    while time.perf_counter() < end: pass
+    time.sleep(0.05)
+""",
+}
+
+
+def neighbour(results: Results, options: argparse.Namespace, folder: Path) -> None:
+    """Training alone, and beside processes that want the same cores."""
+    usual, steps, runs = UsualLoop(options.data_dir), 100, itertools.count()
+    words = ["--validation-size", "0", "--epochs", "2", "--data-dir", str(options.data_dir)]
+    native = connect(parse_train_config(words)).precision_name
+    alone: dict[str, Measure] = {"DataLoader loop fp32": lambda: usual.epoch(steps)}
+    for precision in dict.fromkeys(("fp32", native)):
+        config = parse_train_config([*words, "--precision", precision])
+        config = replace(config, runs_dir=folder / precision)
+        alone[f"ours {precision}"] = our_training(config, connect(config))
+    images = {name: 2 * IMAGES if "ours" in name else BATCH * steps for name in alone}
+
+    def beside(code: str, measure: Measure) -> Measure:
+        def seconds() -> float:
+            other = subprocess.Popen([sys.executable, "-c", code])
+            time.sleep(0.3)
+            try:
+                return measure()
+            finally:
+                other.kill()
+                other.wait()
+
+        return seconds
+
+    measures = dict(alone)
+    for kind, code in NEIGHBOURS.items():
+        measures |= {f"{name}, {kind}": beside(code, each) for name, each in alone.items()}
+        images |= {f"{name}, {kind}": images[name] for name in alone}
+    results.interleave("neighbour", measures, options.rounds)
+    results.table("neighbour", images)
+    for name in alone:
+        for kind in NEIGHBOURS:
+            ratio = results.ratio("neighbour", name, f"{name}, {kind}")
+            print(f"  {name} beside {kind}: {ratio:.2f} of its speed alone")
+    for name in list(alone)[1:]:
+        kind = next(iter(NEIGHBOURS))
+        ratio = results.ratio("neighbour", f"DataLoader loop fp32, {kind}", f"{name}, {kind}")
+        print(
+            f"  {name} beside {kind}: {ratio * images[name] / (BATCH * steps):.0f} times the loop"
+        )
+
+    os.environ.pop("OMP_NUM_THREADS", None)  # which connect has set for this process alone
+
+    def fast(count: int) -> Measure:
+        """Runs of ``fast`` at once: the seconds that all their trainings take."""
+
+        def seconds() -> float:
+            places = [folder / f"fast{next(runs)}" for _ in range(count)]
+            job = [sys.executable, JOB, "--recipe", "fast", "--evaluate", "none"]
+            job += ["--wandb", "disabled", "--run-name", "run", "--data-dir", str(options.data_dir)]
+            started = [
+                subprocess.Popen([*job, "--runs-dir", str(place)], stdout=subprocess.DEVNULL)
+                for place in places
+            ]
+            assert not any(process.wait() for process in started)
+            return max(
+                float(read_metrics(place / "run/metrics.jsonl")[-1]["seconds"]) for place in places
+            )
+
+        return seconds
+
+    one_by_one, together = "two runs of fast, one by one", "two runs of fast at once"
+    pair = {one_by_one: lambda: fast(1)() + fast(1)(), together: fast(2)}
+    results.interleave("two runs", pair, options.rounds)
+    results.table("two runs", {})
+    ratio = results.ratio("two runs", together, one_by_one)
+    print(f"  two runs at once take {ratio:.2f} times as long as one by one")
+
+
 def communicate() -> None:
     """One of two processes: rank 0 prints the seconds of an epoch's all-reduces."""
     world = connect(TrainConfig(threads=1, expect_world_size=2))
@@ -628,12 +720,15 @@ def communicate() -> None:
 PARTS = {
     part.__name__: part for part in (training, distortion, scoring, processes, accuracy, scaling)
 }
+ALL = {**PARTS, "neighbour": neighbour}
 
 
 def main() -> None:
     """Measure, and print the tables; --json FILE keeps every measurement."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; default all")
+    parser.add_argument(
+        "parts", nargs="*", metavar="PART", help=f"{', '.join(ALL)}; default: all but the last"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each kind")
     parser.add_argument("--data-dir", type=Path, default=TrainConfig().data_dir)
     parser.add_argument("--json", type=Path, help="file for all measurements")
@@ -641,8 +736,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.communicate:
         communicate()
-    if unknown := set(options.parts) - set(PARTS):
-        parser.error(f"unknown part {', '.join(sorted(unknown))}: takes {', '.join(PARTS)}")
+    if unknown := set(options.parts) - set(ALL):
+        parser.error(f"unknown part {', '.join(sorted(unknown))}: takes {', '.join(ALL)}")
     if options.rounds < 1:
         parser.error("--rounds takes 1 or more")
     options.data_dir = options.data_dir.resolve()
@@ -663,7 +758,7 @@ def main() -> None:
         for name in options.parts or PARTS:
             folder = Path(temporary) / name
             folder.mkdir()
-            PARTS[name](results, options, folder)
+            ALL[name](results, options, folder)
     if options.json:
         contents = {"machine": machine} | results.__dict__
         options.json.write_text(json.dumps(contents, indent=2) + "\n")

@@ -4,7 +4,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mnist.cli import InputError
-from mnist.data import normalise, rank_slice
+from mnist.data import IMAGE_SHAPE, normalise, rank_slice
 from mnist.distributed import World, widest_float
 from mnist.evaluation.inputs import Inputs
 from mnist.evaluation.report import (
@@ -30,6 +30,7 @@ from mnist.evaluation.report import (
 )
 from mnist.evaluation.suspicions import Suspicions, suspicion_warnings
 from mnist.model import MLP
+from mnist.pace import Pace
 
 # Processes exchange how far they are after so many batches: often enough for a progress display,
 # and so that none waits for another longer than a collective may take.
@@ -69,14 +70,20 @@ def score(
     share = range(batches)[rank_slice(batches, world.rank, world.size)]
     rounds = math.ceil(math.ceil(batches / world.size) / _ROUND_BATCHES)  # of the largest share
     scorer = _Scorer(model.to(world.device, world.precision), inputs, world, part)
-    with scorer, _progress(len(inputs), world.is_main) as show:
+    sizes = {min(batch_size, len(inputs)), len(inputs) % batch_size} - {0}
+    pace = Pace(
+        world.threads if world.device.type == "cpu" else 1,
+        lambda: [torch.from_numpy(predict(model, _noise(size), world)) for size in sizes],
+    )
+    with closing(pace), scorer, _progress(len(inputs), world.is_main) as show:
         world.from_all(scorer.open, prepares=True)
         for turn in range(rounds):
 
             def work(numbers: range = share[turn * _ROUND_BATCHES :][:_ROUND_BATCHES]) -> int:
                 for number in numbers:
-                    start = number * batch_size
+                    start, began = number * batch_size, time.perf_counter()
                     scorer.score(start, min(start + batch_size, len(inputs)))
+                    pace.count(time.perf_counter() - began)
                 return scorer.images
 
             show(sum(world.from_all(work, prepares=turn == 0)))
@@ -193,6 +200,12 @@ class _Scorer:
             warnings=[*self.inputs.warnings, *warnings],
             seconds=time.perf_counter() - self._started,
         )
+
+
+def _noise(count: int) -> NDArray[np.uint8]:
+    """So many images of random pixels."""
+    shape = (count, *IMAGE_SHAPE)
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
 @torch.inference_mode()
