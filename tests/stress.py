@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 # 3,000 images, 60 steps an epoch: long enough to be killed often, a checkpoint every 10 steps.
 OPTIONS = (
     "--validation-size 57000 --batch-size 50 --epochs 12 --hidden-sizes 256 128 64 32 "
-    "--log-every 7 --checkpoint-every 10 --threads 1 --evaluate none "
+    "--log-every 7 --checkpoint-every 10 --threads 1 --evaluate none --products torch "
     "--averaging 0.99 --schedule cosine --rotation 12 --shift 2 --elastic 1.2"
 )
 # Found by every Python of the run: flushing takes long, as on a slow disk.

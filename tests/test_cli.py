@@ -141,7 +141,7 @@ def test_every_setting_is_either_numeric_or_known_not_to_be():
     # A new setting must be put on one side: else a resumed run could silently change its numbers.
     others = set(
         "recipe config run_name runs_dir data_dir threads threads_in_file log_every "
-        "checkpoint_every keep_checkpoints fresh evaluate expect_world_size "
+        "checkpoint_every keep_checkpoints fresh evaluate expect_world_size products "
         "wandb wandb_project wandb_entity wandb_group wandb_tags".split()
     )
     names = {field.name for field in dataclasses.fields(TrainConfig)}

@@ -36,7 +36,7 @@ LAUNCHERS = tuple(
 # 1,000 images, 10 steps.
 SMALL = (
     "--validation-size 59000 --batch-size 200 --epochs 2 --hidden-sizes 64 48 32 16 "
-    "--learning-rate 0.1"
+    "--learning-rate 0.1 --products torch"
 )
 
 
@@ -140,7 +140,7 @@ def alone_in_fp32(tmp_path_factory, data_dir):
 def test_documented_lines_really_make_a_world_of_two(alone_in_fp32, tmp_path, data_dir, launcher):
     done = run(
         f"{TWO_PROCESSES[launcher]} {JOB} {SMALL} --run-name one --expect-world-size 2 "
-        f"--data-dir {data_dir} --precision fp32",
+        f"--data-dir {data_dir} --precision fp32 --products torch",
         tmp_path,
     )
     assert done.returncode == 0, done.stderr
@@ -304,7 +304,9 @@ def test_training_needs_at_most_500_mb_beyond_its_imports(tmp_path, data_dir):
     (tmp_path / "imports.py").write_text("import torch, accelerate\n")
     imports = peak_memory(f"{sys.executable} imports.py", tmp_path)
     # The whole data set in the wider precision, which keeps twice as many bytes of it.
-    command = f"{sys.executable} {JOB} --epochs 1 --precision fp32 --data-dir {data_dir}"
+    command = (
+        f"{sys.executable} {JOB} --epochs 1 --precision fp32 --products torch --data-dir {data_dir}"
+    )
     assert 50 < peak_memory(command, tmp_path) - imports < 500  # the images alone are 172
 
 

@@ -98,7 +98,7 @@ for job, options in (("train", train), ("evaluate", [evaluate])):
 def test_process_that_is_late_for_longer_than_a_collective_waits_loses_nothing(tmp_path, data_dir):
     train = (
         f"--validation-size 1000 --epochs 1 --hidden-sizes 32 24 16 12 --runs-dir {tmp_path} "
-        f"--run-name run --data-dir {data_dir} --threads 1 --precision fp32"
+        f"--run-name run --data-dir {data_dir} --threads 1 --precision fp32 --products torch"
     ).split()
     evaluate = f"--run {tmp_path}/run --data-dir {data_dir} --threads 1 --wandb disabled".split()
     done = subprocess.run(

@@ -29,9 +29,19 @@ pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="only root can start a cluster"),
 ]
 
-TINY = [*SMALL.split(), "--threads", "1", "--precision", "fp32", "--evaluate", "none"]
+TINY = [
+    *SMALL.split(),
+    "--threads",
+    "1",
+    "--precision",
+    "fp32",
+    "--products",
+    "torch",
+    "--evaluate",
+    "none",
+]
 # As in stress.py, long enough to be disturbed often: 20 s of training.
-LONG = [*stress.OPTIONS.split(), "--precision", "fp32", "--epochs", "80"]
+LONG = [*stress.OPTIONS.split(), "--precision", "fp32", "--products", "torch", "--epochs", "80"]
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"}
 
 

@@ -48,7 +48,7 @@ JOB = str(ROOT / "jobs/train.py")
 # 3,000 images in 60 steps an epoch; 15 epochs take 2 to 4 s.
 OPTIONS = (
     "--validation-size 57000 --batch-size 50 --hidden-sizes 256 128 64 32 --threads 1 "
-    "--log-every 7 --evaluate none --precision fp32"
+    "--log-every 7 --evaluate none --precision fp32 --products torch"
 ).split()
 LONG = ["--epochs", "15"]
 WORLD = World(threads=1)
@@ -72,6 +72,7 @@ def config(folder, data_dir, **settings):
         "log_every": 3,
         "checkpoint_every": 4,
         "precision": "fp32",
+        "products": "torch",
     }
     return TrainConfig(**defaults | settings)
 
@@ -105,7 +106,13 @@ def interrupt(settings, step, world=WORLD):
 SETTINGS = {
     "sgd": {"weight_decay": 1e-3, "nesterov": True},
     "adamw": {"optimizer": "adamw", "schedule": "triangular", "warmup": 0.3},
-    "bf16": {"precision": "bf16", "hidden_sizes": (64, 512, 16, 12)},  # two large layers
+    # Two large layers.
+    "bf16": {"precision": "bf16", "hidden_sizes": (96, 704, 16, 12)},
+    "bf16 of oneDNN": {
+        "precision": "bf16",
+        "hidden_sizes": (96, 704, 16, 12),
+        "products": "onednn",
+    },
     "float32 sums": {"exact_sums": False, "label_smoothing": 0.1},
     "record": {"averaging": 0.9, "schedule": "cosine", "warmup": 0.1, "rotation": 12, "elastic": 1},
 }
@@ -114,7 +121,7 @@ SETTINGS = {
 @pytest.mark.parametrize("name", SETTINGS)
 def test_run_interrupted_anywhere_ends_with_the_same_bits(tmp_path, data_dir, name, capsys):
     settings = SETTINGS[name]
-    world = World(threads=1, precision=torch.bfloat16) if name == "bf16" else WORLD
+    world = World(threads=1, precision=torch.bfloat16) if "bf16" in name else WORLD
     alone = config(tmp_path / "alone", data_dir, **settings)
     expected = train(alone, world=world)
     # 10 steps an epoch: inside one, at a row, at an epoch's end, at a row and checkpoint.
@@ -393,9 +400,9 @@ def test_other_world_or_threads_are_warned_of_and_recorded(tmp_path, data_dir, c
 
 def test_precision_stays_that_of_the_first_start(tmp_path, data_dir):
     half = World(threads=1, precision=torch.bfloat16)
-    settings = config(tmp_path, data_dir, precision="auto", hidden_sizes=(48, 24, 16, 12))
+    settings = config(tmp_path, data_dir, precision="auto", hidden_sizes=(96, 24, 16, 12))
     expected = train(
-        config(tmp_path / "alone", data_dir, precision="auto", hidden_sizes=(48, 24, 16, 12)),
+        config(tmp_path / "alone", data_dir, precision="auto", hidden_sizes=(96, 24, 16, 12)),
         world=half,
     )
     interrupt(settings, 12, half)
@@ -591,10 +598,9 @@ def test_a_worker_killed_ends_the_others_and_restarts_go_on(tmp_path, data_dir, 
 
 def test_world_may_change_in_the_middle(tmp_path, data_dir):
     runs = tmp_path / "runs"
-    common = (
-        f"--runs-dir {runs} --data-dir {data_dir} --precision fp32 --threads 1 --batch-size 64 "
-    )
-    common += "--validation-size 1200 --log-every 50 --hidden-sizes 64 48 32 16 --epochs 1"
+    common = f"--runs-dir {runs} --data-dir {data_dir} --precision fp32 --products torch "
+    common += "--threads 1 --batch-size 64 --validation-size 1200 --log-every 50 --epochs 1 "
+    common += "--hidden-sizes 64 48 32 16"
     jobs = [[1, "train", f"{common} --run-name alone".split()]]
     for other in (1, 3):
         changing = f"{common} --run-name to{other} --checkpoint-every 40".split()
@@ -732,7 +738,7 @@ def test_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path, data_dir):
     job = (
         f"{sys.executable} {JOB} --validation-size 59000 --batch-size 200 --threads 1 "
         "--hidden-sizes 64 48 32 16 --run-name run --evaluate none --precision fp32 "
-        f"--data-dir {data_dir}"
+        f"--products torch --data-dir {data_dir}"
     )
     script = tmp_path / "script.sh"
     script.write_text(
