@@ -102,7 +102,8 @@ def test_where_one_thread_fewer_is_too_many_still_few_are_tried(machine):
     assert pace.threads == 1
 
 
-def test_real_threads_change_and_come_back():
+def test_real_threads_change_and_come_back(monkeypatch):
+    monkeypatch.setattr(pace_module, "surroundings", lambda: Surroundings(cores=2))
     pace = Pace(2, same)
     try:
         pace._set(0)
