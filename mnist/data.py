@@ -74,11 +74,18 @@ def normalise(images: Tensor, dtype: torch.dtype) -> Tensor:
     Takes uint8 N x 28 x 28, or floats already in 0..1; returns N x 784 of ``dtype``. Computed in
     float32, in chunks, so that the peak memory is the result and a few MB.
     """
-    result = torch.empty(len(images), math.prod(IMAGE_SHAPE), dtype=dtype, device=images.device)
     scale = 1.0 if images.is_floating_point() else 255.0
+
+    def normalised(part: Tensor) -> Tensor:
+        floats = part.flatten(1).to(torch.float32, copy=True)
+        return floats.mul_(1 / (scale * STD)).sub_(MEAN / STD)  # divisions take twice as long
+
+    if len(images) <= _CHUNK_IMAGES:
+        return normalised(images).to(dtype)
+    result = torch.empty(len(images), math.prod(IMAGE_SHAPE), dtype=dtype, device=images.device)
     for begin in range(0, len(images), _CHUNK_IMAGES):
-        part = images[begin : begin + _CHUNK_IMAGES].flatten(1).to(torch.float32, copy=True)
-        result[begin : begin + _CHUNK_IMAGES] = part.div_(scale).sub_(MEAN).div_(STD)
+        chunk = slice(begin, begin + _CHUNK_IMAGES)
+        result[chunk] = normalised(images[chunk])
     return result
 
 
@@ -165,11 +172,15 @@ class GlobalBatches:
 
 
 class BatchedDigits:
-    """Normalised images, N x 784, and labels, int64 N; one gather makes a block of batches."""
+    """Images, uint8 N x 28 x 28, and labels, int64 N; one gather makes a block of batches.
 
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
+    They are normalised, to ``dtype``, block by block: in a cache that costs a step less than
+    gathering four times the bytes does, and a job starts half a second earlier.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor, dtype: torch.dtype) -> None:
         assert len(images) == len(labels)
-        self.images, self.labels = images, labels
+        self.images, self.labels, self.dtype = images, labels, dtype
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -178,8 +189,13 @@ class BatchedDigits:
         """Images B x 784 and labels B for each tensor of indices B, on the data's device."""
         sizes = [len(batch) for batch in batches]
         indices = torch.cat(batches).to(self.images.device, non_blocking=True)
-        images = self.images.index_select(0, indices).split(sizes)
+        images = self.part(indices).split(sizes)
         return list(zip(images, self.labels.index_select(0, indices).split(sizes), strict=True))
+
+    def part(self, rows: slice | Tensor) -> Tensor:
+        """Normalised images, n x 784, of a slice or of int64 indices."""
+        chosen = self.images[rows] if isinstance(rows, slice) else self.images.index_select(0, rows)
+        return normalise(chosen, self.dtype)
 
 
 def load_batches(digits: BatchedDigits, sampler: GlobalBatches) -> Iterator[tuple[Tensor, Tensor]]:

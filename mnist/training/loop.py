@@ -21,7 +21,6 @@ from mnist.cli import InputError
 from mnist.data import (
     BatchedDigits,
     GlobalBatches,
-    denormalise,
     load_batches,
     load_mnist,
     normalise,
@@ -207,7 +206,7 @@ def fit(
                     scores, sample = validate(learner, validation, config.validation_size)
                     row |= scores
                     mirror.grid(step, *sample)
-                check_finite(row, learner, training.images, plan)
+                check_finite(row, learner, training.part(slice(1)), plan)
                 tracker.log(row)
                 interval.begin()
             due = config.checkpoint_every is not None and step % config.checkpoint_every == 0
@@ -249,20 +248,20 @@ def results_of_steps(
     for step in (1, plan.steps_per_epoch):  # of which the last may be smaller
         batch_size = plan.batch_size(step)
         rows = rank_slice(batch_size, rank, size)
-        images, labels = training.images[rows], training.labels[rows]
+        images, labels = training.part(rows), training.labels[rows]
         if distort is not None:
             images = distort(images, step, batch_size, rows)
             found.append(images)
         found.append(learner.gradient_of(images, labels))
-    chunks = validation.images.split(_VALIDATION_BATCH)
-    return found + [learner.logits(chunk) for chunk in {len(c): c for c in chunks}.values()]
+    chunks = {len(chunk): chunk for chunk in validation.images.split(_VALIDATION_BATCH)}
+    return found + [learner.logits(normalise(c, validation.dtype)) for c in chunks.values()]
 
 
 def check_finite(row: dict[str, Any], learner: Learner, images: Tensor, plan: Plan) -> None:
     """Raise an InputError if a row shows that training has diverged."""
     finite = all(map(math.isfinite, row.values()))
     if row["step"] == plan.steps:  # no later row would show what the last step did
-        finite &= bool(learner.logits(images[:1]).isfinite().all())
+        finite &= bool(learner.logits(images).isfinite().all())
     if not finite:
         raise InputError(
             f"training diverged: the loss is not finite by step {row['step']}; "
@@ -302,8 +301,8 @@ def load_training_data(
     share = held_out[rank_slice(len(held_out), world.rank, world.size)]
 
     def prepared(indices: Tensor) -> BatchedDigits:
-        images = normalise(digits.images[indices], dtype)
-        return BatchedDigits(images.to(world.device), digits.labels[indices].to(world.device))
+        images, labels = digits.images[indices], digits.labels[indices]
+        return BatchedDigits(images.to(world.device), labels.to(world.device), dtype)
 
     return prepared(chosen), prepared(share)
 
@@ -327,7 +326,7 @@ def validate(learner: Learner, share: BatchedDigits, size: int) -> tuple[dict[st
     for images, labels in zip(
         share.images.split(_VALIDATION_BATCH), share.labels.split(_VALIDATION_BATCH), strict=True
     ):
-        log_probabilities = learner.logits(images).log_softmax(1)
+        log_probabilities = learner.logits(normalise(images, share.dtype)).log_softmax(1)
         sums[0] += functional.nll_loss(log_probabilities, labels, reduction="sum")
         highest, prediction = log_probabilities.max(1)
         sums[1] += (prediction == labels).sum()
@@ -346,4 +345,4 @@ def _sample_of(share: BatchedDigits, predictions: Tensor, confidences: Tensor) -
     chosen = torch.cat([first, mistakes])
     values = (share.labels[chosen], predictions[chosen], confidences[chosen])
     labels, digits, shares = (value.cpu().numpy() for value in values)
-    return denormalise(share.images[chosen]).cpu().numpy(), labels, digits, shares
+    return share.images[chosen].cpu().numpy(), labels, digits, shares
