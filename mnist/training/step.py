@@ -226,9 +226,11 @@ class Learner:
     def gradient_of(self, images: Tensor, labels: Tensor) -> Tensor:
         """A copy of the gradient that a step of these images alone would have; nothing is changed
         but the gradient."""
-        unscored = self._unscored.copy()
+        unscored, totals = self._unscored, self._own_totals.clone()
+        self._unscored = []
         self._sum(*self._differentiate(images, labels, max(1, len(images))))
         self._unscored = unscored
+        self._own_totals.copy_(totals)
         return self.reduced[:-1].clone()
 
     def _buffers_for(self, count: int) -> _Buffers:

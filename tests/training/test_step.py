@@ -137,6 +137,19 @@ def test_empty_slice_contributes_zeros(precision):
     assert not ours.reduced[:-1].any()  # the last says whether a rank is to stop
 
 
+@pytest.mark.parametrize("waiting", [5, 2**14])  # images, until steps are scored
+def test_a_gradient_that_is_looked_at_has_no_consequences(monkeypatch, waiting):
+    monkeypatch.setattr("mnist.training.step._UNSCORED_IMAGES", waiting)
+    ours, other = (learner(MLP(WIDTHS).initialise(0)) for _ in range(2))
+    for step in range(4):
+        ours.step(*batch(16, step), batch_size=16, learning_rate=0.1)
+        looked_at = ours.gradient_of(*batch(16, 9))
+        other.step(*batch(16, step), batch_size=16, learning_rate=0.1)
+    assert torch.equal(ours.parameters, other.parameters)
+    assert torch.equal(ours.take_totals(), other.take_totals())
+    assert looked_at.any() and torch.equal(looked_at, other.gradient_of(*batch(16, 9)))
+
+
 def test_totals_are_sums_since_they_were_last_taken():
     model = MLP(WIDTHS).initialise(0)
     ours = learner(model)
