@@ -111,7 +111,7 @@ class Pace:
             return
         to = fewer if down and (self._down or not up) else more
         if not self._is_allowed(to):
-            self._reach = self._reach + 1 if to else 1
+            self._reach_further(to)
             return
         self._from, self._mean = self._at, mean
         self._set(to)
@@ -123,14 +123,17 @@ class Pace:
             self._down, self._pause, self._next_trial = tried_down, _PAUSE_SECONDS, now
             self._reach = 1
         else:
-            if tried_down:  # as far again next time: one thread fewer may be too many still
-                self._reach = self._reach + 1 if self._at else 1
+            if tried_down:
+                self._reach_further(self._at)
             self._set(self._from)
             self._down = not tried_down
             self._next_trial = now + self._pause
             self._pause = min(2 * self._pause, _LONGEST_PAUSE_SECONDS)
         self._from = None
-        self._begin_window()
+
+    def _reach_further(self, tried: int) -> None:
+        """Next time: one thread fewer may be too many still; after the lowest rung, begin anew."""
+        self._reach = self._reach + 1 if tried else 1
 
     def _set(self, rung: int) -> None:
         self._at = rung
@@ -147,7 +150,6 @@ class Pace:
             found = self._results()
             torch.set_num_threads(self.threads)
             self._allowed[threads] = all(map(torch.equal, expected, found))
-            self._begin_window()
         return self._allowed[threads]
 
 
@@ -190,7 +192,7 @@ class SpeedWatch:
 
     def __init__(self, doing: str, threads: int) -> None:
         self._doing, self._threads = doing, threads
-        self._best, self._slow_seconds, self._slow_images, self._said = 0.0, 0.0, 0, False
+        self._best, self._slow_seconds, self._said = 0.0, 0.0, False
         self._images, self._seconds = 0, 0.0
         self._busy = _busy_seconds()
 
@@ -203,11 +205,10 @@ class SpeedWatch:
         speed = self._images / self._seconds
         self._best = max(self._best, speed)
         if speed > _FALLEN * self._best:
-            self._slow_seconds, self._slow_images, self._busy = 0.0, 0, _busy_seconds()
+            self._slow_seconds, self._busy = 0.0, _busy_seconds()
             self._said = self._said and speed < 2 * _FALLEN * self._best
         else:
             self._slow_seconds += min(self._seconds, 2.0)  # one step may be long for other reasons
-            self._slow_images += self._images
             if self._slow_seconds >= _WATCH_SECONDS and not self._said:
                 self._said = True
                 warn(

@@ -235,11 +235,8 @@ class Learner:
 
     def _buffers_for(self, count: int) -> _Buffers:
         if count not in self._buffers:
-            layers = self._layers[:-1]
-            made = (
-                [layer.bias.new_empty(count, len(layer.bias)) for layer in layers] for _ in "od"
-            )
-            self._buffers[count] = _Buffers(*made)
+            outputs = [bias.new_empty(count, len(bias)) for _, bias, _ in self._layers[:-1]]
+            self._buffers[count] = _Buffers(outputs, list(map(torch.empty_like, outputs)))
         return self._buffers[count]
 
     def _forward(
