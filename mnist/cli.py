@@ -18,7 +18,6 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast, get_args, get_origin
 
-import tyro
 import yaml
 
 
@@ -283,6 +282,8 @@ def parse_options(arguments: Sequence[str], default: Config, job: str) -> Config
     Raises:
         InputError: an unknown option, a wrong type or a value out of range.
     """
+    import tyro  # 0.05 s, which processes that have no command line need not wait for
+
     wants_help = bool({"-h", "--help"} & set(arguments))
     width = min(100, max(60, shutil.get_terminal_size().columns)) if wants_help else 1_000_000
     sheet, columns = _Sheet(), os.environ.get("COLUMNS")

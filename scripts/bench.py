@@ -440,29 +440,45 @@ def scoring(results: Results, options: argparse.Namespace, folder: Path) -> None
 
 def processes(results: Results, options: argparse.Namespace, folder: Path) -> None:
     """Whole processes, and what happens before the first step, as seen from outside."""
-    empty = folder / "empty.py"
+    empty, torch_alone = folder / "empty.py", folder / "torch_alone.py"
     empty.touch()
+    torch_alone.write_text("import torch\n")
     runs = itertools.count()
-    job = [JOB, "--recipe", "fast", "--data-dir", str(options.data_dir)]
+    trained: dict[str, list[float]] = {}
 
-    def fast(*more: str) -> Measure:
-        return lambda: process(
-            *LAUNCH, *job, *more, "--runs-dir", str(folder / f"runs{next(runs)}")
-        )()
+    def fast(mode: str) -> Measure:
+        """A whole process; what its training took is kept aside."""
 
+        def seconds() -> float:
+            parent = folder / f"runs{next(runs)}"
+            words = [*LAUNCH, JOB, "--recipe", "fast", "--data-dir", str(options.data_dir)]
+            whole = process(*words, "--wandb", mode, "--runs-dir", str(parent))()
+            (metrics,) = parent.glob("*/metrics.jsonl")
+            trained.setdefault(mode, []).append(read_metrics(metrics)[-1]["seconds"])
+            return whole
+
+        return seconds
+
+    modes = {"disabled": "--recipe fast --wandb disabled", "offline": "with --wandb offline"}
+    alone = "of a script that imports torch"
     measures = {
         "accelerate launch of an empty script": process(*LAUNCH, str(empty)),
-        "the same with --recipe fast": fast(),
-        "and --wandb disabled": fast("--wandb", "disabled"),
+        alone: process(*LAUNCH, str(torch_alone)),
+        **{name: fast(mode) for mode, name in modes.items()},
         "import torch": process(sys.executable, "-c", "import torch"),
         "import what training needs": process(sys.executable, "-c", "import mnist.training.job"),
     }
     results.interleave("processes", measures, options.rounds)
+    seconds = results.seconds["processes"]
+    for mode, name in modes.items():
+        training = trained[mode][1:]  # without the round that warms up
+        seconds[f"{name}, less training"] = [
+            whole - part for whole, part in zip(seconds[name], training, strict=True)
+        ]
     results.table("processes", {})
-    whole = results.ratio(
-        "processes", "the same with --recipe fast", "accelerate launch of an empty script"
-    )
-    print(f"  fast takes {whole:.2f} times an empty script")
+    for name in modes.values():
+        ratio = results.ratio("processes", f"{name}, less training", alone)
+        print(f"  {name} less its training takes {ratio:.2f} times a script that imports torch")
     stages = [start_up(options, folder / f"start{turn}") for turn in range(options.rounds)]
     medians = {name: statistics.median(stage[name] for stage in stages) for name in stages[0]}
     results.more["start-up"] = medians

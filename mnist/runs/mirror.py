@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from mnist.cli import InputError
 from mnist.runs.reports import lies_in_run, read_report, report_of_run
 from mnist.runs.wandb_files import item_of, read_state, warn_of_other_id
-from mnist.system import kill_tree, sha256, warn
+from mnist.system import give_way, kill_tree, sha256, warn
 
 _MODES = ("offline", "dryrun", "online", "run", "disabled")  # of WANDB_MODE; in pairs the same
 
@@ -314,7 +314,8 @@ def _send_complete(
 def messages(pipe: IO[bytes], trained: threading.Event) -> Iterator[tuple[Any, ...]]:
     """What the job's process sends, until it closes the pipe or ends.
 
-    A thread reads it, so that from then on the time is bounded, whatever W&B is waiting for.
+    A thread reads it, so that from then on the time is bounded, whatever W&B is waiting for. From
+    the end of training on this process gives way no more: somebody waits for it.
 
     Args:
         pipe: from that process.
@@ -328,10 +329,12 @@ def messages(pipe: IO[bytes], trained: threading.Event) -> Iterator[tuple[Any, .
                 message = pickle.load(pipe)
                 if message[0] == "trained":
                     trained.set()
+                    give_way(0)
                 else:
                     inbox.put(message)
         inbox.put(None)
         trained.set()
+        give_way(0)
         time.sleep(LIMITS.close)
         kill_tree(os.getpid())
 

@@ -33,6 +33,7 @@ from mnist.runs.metrics import read_metrics
 from mnist.runs.mirror import NoMirror, send_missing
 from mnist.runs.reports import SPLITS, make_room, report_of_run
 from mnist.system import StopRequest, die_with_launcher, sha256, warn
+from mnist.threads import set_threads
 from mnist.training.config import RETIRED, TrainConfig, numeric_settings, to_yaml
 from mnist.training.distortion import Distortion
 from mnist.training.loop import Sample, fit
@@ -127,8 +128,14 @@ def finish(config: TrainConfig, world: World, painter: Painter, mirror: NoMirror
     folder = config.run_folder
     rows = read_metrics(folder / "metrics.jsonl")
     weights = Weights(path=folder / "model.safetensors", run=folder)
-    scores = _evaluate_final(config, weights, World(threads=world.threads))
-    _draw_final(config, weights, rows, painter, scores)
+    model_sha256 = sha256(weights.path)
+    curves = folder / "figures/loss_curves.png"
+    if rows and model_of_figure(curves) != model_sha256:  # drawn while the test images are scored
+        painter.draw(draw_curves, rows, folder.name, curves, model=model_sha256)
+    # Threads would wait for one whose core draws, or W&B's process has.
+    threads = set_threads(max(1, world.threads - 1))
+    scores = _evaluate_final(config, weights, World(threads=threads))
+    _draw_samples(config, weights, painter, model_sha256, scores)
     report = report_of_run(folder, "test")
     if report:
         mirror.evaluated("test", folder / "evaluation/test")
@@ -152,21 +159,17 @@ def _evaluate_final(config: TrainConfig, weights: Weights, world: World) -> Scor
     return scores
 
 
-def _draw_final(
+def _draw_samples(
     config: TrainConfig,
     weights: Weights,
-    rows: list[dict[str, Any]],
     painter: Painter,
+    model_sha256: str,
     scores: Scores | None,
 ) -> None:
-    """Draw what is not there, or was drawn of another model."""
-    folder, model_sha256 = config.run_folder, sha256(weights.path)
-    figures = folder / "figures"
-    draw = partial(painter.draw, model=model_sha256)
-    curves, grid = figures / "loss_curves.png", figures / "sample_predictions.png"
-    distorted = figures / "distortions.png"
-    if rows and model_of_figure(curves) != model_sha256:
-        draw(draw_curves, rows, folder.name, curves)
+    """Draw predictions and distortions that are not there, or were drawn of another model."""
+    folder, draw = config.run_folder, partial(painter.draw, model=model_sha256)
+    grid = folder / "figures/sample_predictions.png"
+    distorted = folder / "figures/distortions.png"
     split: Literal["test", "validation"] = "test" if config.evaluate == "test" else "validation"
     known = split == "test" or config.validation_size > 0
     if known and model_of_figure(grid) != model_sha256:
