@@ -160,6 +160,24 @@ def train(mirror: Mirror, folder: Path, first: int = 10, last: int = STEPS[-1]) 
     mirror.rows(length(folder, last))
 
 
+def test_gives_way_until_training_has_ended(patient, folder):
+    mirror = start(folder, "offline")
+    group = Path(f"/proc/{mirror._process.pid}/autogroup")
+    if not group.exists():
+        mirror.close()
+        pytest.skip("the kernel does not group processes by session")
+
+    def nice() -> int:
+        return int(group.read_text().rpartition(" ")[2])
+
+    wait_for(lambda: nice() == 19)
+    train(mirror, folder)
+    mirror.trained()
+    wait_for(lambda: nice() == 0)
+    assert psutil.Process(mirror._process.pid).nice() < 10
+    mirror.close()
+
+
 def whole_run(folder: Path, mode: str = "auto", number: int = 50, close: bool = True) -> Mirror:
     """From the start to the end."""
     mirror = start(folder, mode)
