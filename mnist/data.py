@@ -75,10 +75,11 @@ def normalise(images: Tensor, dtype: torch.dtype) -> Tensor:
     float32, in chunks, so that the peak memory is the result and a few MB.
     """
     scale = 1.0 if images.is_floating_point() else 255.0
+    offset = torch.tensor(-MEAN / STD, device=images.device)
 
     def normalised(part: Tensor) -> Tensor:
         floats = part.flatten(1).to(torch.float32, copy=True)
-        return floats.mul_(1 / (scale * STD)).sub_(MEAN / STD)  # divisions take twice as long
+        return torch.add(offset, floats, alpha=1 / (scale * STD), out=floats)  # in one pass
 
     if len(images) <= _CHUNK_IMAGES:
         return normalised(images).to(dtype)
@@ -174,13 +175,16 @@ class GlobalBatches:
 class BatchedDigits:
     """Images, uint8 N x 28 x 28, and labels, int64 N; one gather makes a block of batches.
 
-    They are normalised, to ``dtype``, block by block: in a cache that costs a step less than
-    gathering four times the bytes does, and a job starts half a second earlier.
+    In float32 they are normalised block by block: in a cache that costs a step no more than
+    gathering four times the bytes does, and a job starts earlier. In half precision, which costs
+    one more rounding and saves half of the gathering, all at once: a block takes a third of the
+    time.
     """
 
     def __init__(self, images: Tensor, labels: Tensor, dtype: torch.dtype) -> None:
         assert len(images) == len(labels)
         self.images, self.labels, self.dtype = images, labels, dtype
+        self._inputs = None if dtype == torch.float32 else normalise(images, dtype)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -194,8 +198,9 @@ class BatchedDigits:
 
     def part(self, rows: slice | Tensor) -> Tensor:
         """Normalised images, n x 784, of a slice or of int64 indices."""
-        chosen = self.images[rows] if isinstance(rows, slice) else self.images.index_select(0, rows)
-        return normalise(chosen, self.dtype)
+        held = self.images if self._inputs is None else self._inputs
+        chosen = held[rows] if isinstance(rows, slice) else held.index_select(0, rows)
+        return normalise(chosen, self.dtype) if self._inputs is None else chosen
 
 
 def load_batches(digits: BatchedDigits, sampler: GlobalBatches) -> Iterator[tuple[Tensor, Tensor]]:
