@@ -188,10 +188,11 @@ _FALLEN = 1 / 3
 
 
 class SpeedWatch:
-    """Says in one line when a loop's speed falls to a third of its own best for ten seconds."""
+    """Says in one line when a loop's speed falls to a third of its own best for ten seconds; where
+    several processes step together, the first of them says it."""
 
-    def __init__(self, doing: str, threads: int) -> None:
-        self._doing, self._threads = doing, threads
+    def __init__(self, doing: str, threads: int, is_main: bool = True) -> None:
+        self._doing, self._threads, self._is_main = doing, threads, is_main
         self._best, self._slow_seconds, self._said = 0.0, 0.0, False
         self._images, self._seconds = 0, 0.0
         self._busy = _busy_seconds()
@@ -209,7 +210,7 @@ class SpeedWatch:
             self._said = self._said and speed < 2 * _FALLEN * self._best
         else:
             self._slow_seconds += min(self._seconds, 2.0)  # one step may be long for other reasons
-            if self._slow_seconds >= _WATCH_SECONDS and not self._said:
+            if self._slow_seconds >= _WATCH_SECONDS and self._is_main and not self._said:
                 self._said = True
                 warn(
                     f"{self._doing} is at {speed:,.0f} images/s, a third or less of its best "

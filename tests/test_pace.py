@@ -114,7 +114,7 @@ def test_real_threads_change_and_come_back(monkeypatch):
         torch.set_num_threads(THREADS)
 
 
-def watched(monkeypatch, capsys, speeds, *, threads=2, cores=2, others=0.0):
+def watched(monkeypatch, capsys, speeds, *, threads=2, cores=2, others=0.0, is_main=True):
     """What is said of a loop of so many images/s, each for ten steps of half a second."""
     now = [0.0]
     monkeypatch.setattr(pace_module, "usable_cores", lambda: cores)
@@ -122,7 +122,7 @@ def watched(monkeypatch, capsys, speeds, *, threads=2, cores=2, others=0.0):
     monkeypatch.setattr(
         pace_module, "_busy_seconds", lambda: (now[0] * (1.5 + others), now[0] * 1.5, now[0])
     )
-    watch = SpeedWatch("training", threads)
+    watch = SpeedWatch("training", threads, is_main)
     for speed in speeds:
         for _ in range(10):
             now[0] += 0.5
@@ -138,6 +138,7 @@ def test_a_third_of_the_best_speed_for_ten_seconds_is_said_once(monkeypatch, cap
     )
     again = [30_000, 9_000, 9_000, 9_000, 30_000, 30_000, 9_000, 9_000, 9_000]
     assert watched(monkeypatch, capsys, again).count("warning") == 2
+    assert watched(monkeypatch, capsys, again, is_main=False) == ""
 
 
 def test_the_reason_may_be_cores_that_are_gone_or_unknown(monkeypatch, capsys):

@@ -187,7 +187,7 @@ def fit(
             partial(results_of_steps, learner, training, validation, plan, distort),
         )
         stack.callback(pace.close)
-        watch = SpeedWatch("training", world.threads)
+        watch = SpeedWatch("training", world.threads, world.is_main)
         resumed = time.perf_counter()
         for step, (images, labels) in enumerate(load_batches(training, batches), start.step + 1):
             rate, batch_size = plan.learning_rate(step), plan.batch_size(step)
