@@ -1,7 +1,7 @@
 """Matrix products of CPUs: torch's own, which for fp32 are MKL's, and oneDNN's.
 
 Which of the two is faster depends on processor, shapes and precision, so that a run measures it
-(``training.step.faster_products``). What they guarantee differs as well. A product here is
+(``training.trial.faster_products``). What they guarantee differs as well. A product here is
 row-stable if the bits of a row depend neither on how many rows there are nor on the threads: then
 predictions do not depend on the number of processes, and threads may change while a run trains.
 """

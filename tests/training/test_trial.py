@@ -17,10 +17,13 @@ SMALL = {"hidden_sizes": (32, 24, 16, 12), "validation_size": 1000, "batch_size"
 
 
 class Clock:
-    """A learner's steps, by the products that it has, and a clock that only they move."""
+    """A learner's steps, by the products that it has, and a clock that only they move.
 
-    def __init__(self, monkeypatch, seconds):
-        self.now, self.steps = 0.0, 0
+    Of so many threads, one has no core all the time.
+    """
+
+    def __init__(self, monkeypatch, seconds, disturbed_threads=None):
+        self.now, self.cpu, self.steps = 0.0, 0.0, 0
         clock = self
 
         class Learner:
@@ -31,11 +34,14 @@ class Clock:
 
             def step(self, images, labels, batch_size, rate):
                 assert len(images) == len(labels) == batch_size and rate == 0
-                clock.now += seconds[self.products](clock.steps)
+                took, threads = seconds[self.products](clock.steps), torch.get_num_threads()
+                clock.now += took
+                clock.cpu += took * (threads - (threads == disturbed_threads))
                 clock.steps += 1
 
         monkeypatch.setattr(trial, "Learner", Learner)
         monkeypatch.setattr(trial.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(trial.time, "process_time", lambda: self.cpu)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +51,8 @@ class Clock:
         (1, 2, torch.float32, "torch"),
         (1.05, 1, torch.float32, "torch"),  # a near-tie
         (1, 1.05, torch.bfloat16, "onednn"),
-        (1, 1.2, torch.bfloat16, "torch"),
+        (1, 1.4, torch.bfloat16, "onednn"),
+        (1, 1.6, torch.bfloat16, "torch"),
     ],
 )
 def test_the_faster_are_taken_and_of_near_ties_always_the_same(
@@ -66,6 +73,23 @@ def test_steps_are_timed_as_long_as_is_needed_and_no_longer(monkeypatch):
     clock = Clock(monkeypatch, seconds)
     faster_products(TrainConfig(), World())
     assert clock.steps == 8
+
+
+def test_beside_others_the_steps_of_one_thread_decide(monkeypatch):
+    def seconds(alone, beside):
+        return lambda _: alone if torch.get_num_threads() == 1 else beside
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        steps = {"torch": seconds(0.002, 0.004), "onednn": seconds(0.004, 0.001)}
+        Clock(monkeypatch, steps)
+        assert faster_products(TrainConfig(), World()) == "onednn"
+        Clock(monkeypatch, steps, disturbed_threads=2)
+        assert faster_products(TrainConfig(), World()) == "torch"
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_real_steps_are_timed():
