@@ -33,7 +33,6 @@ from mnist.runs.metrics import read_metrics
 from mnist.runs.mirror import NoMirror, send_missing
 from mnist.runs.reports import SPLITS, make_room, report_of_run
 from mnist.system import StopRequest, die_with_launcher, sha256, warn
-from mnist.threads import set_threads
 from mnist.training.config import RETIRED, TrainConfig, numeric_settings, to_yaml
 from mnist.training.distortion import Distortion
 from mnist.training.loop import Sample, fit
@@ -133,7 +132,8 @@ def finish(config: TrainConfig, world: World, painter: Painter, mirror: NoMirror
     if rows and model_of_figure(curves) != model_sha256:  # drawn while the test images are scored
         painter.draw(draw_curves, rows, folder.name, curves, model=model_sha256)
     # Threads would wait for one whose core draws, or W&B's process has.
-    threads = set_threads(max(1, world.threads - 1))
+    threads = max(1, world.threads - 1)
+    torch.set_num_threads(threads)
     scores = _evaluate_final(config, weights, World(threads=threads))
     _draw_samples(config, weights, painter, model_sha256, scores)
     report = report_of_run(folder, "test")

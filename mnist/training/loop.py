@@ -23,7 +23,6 @@ from mnist.data import (
     GlobalBatches,
     load_batches,
     load_mnist,
-    normalise,
     rank_slice,
     split_validation,
 )
@@ -253,8 +252,8 @@ def results_of_steps(
             images = distort(images, step, batch_size, rows)
             found.append(images)
         found.append(learner.gradient_of(images, labels))
-    chunks = {len(chunk): chunk for chunk in validation.images.split(_VALIDATION_BATCH)}
-    return found + [learner.logits(normalise(c, validation.dtype)) for c in chunks.values()]
+    chunks = {len(images): images for images, _ in validation.chunks(_VALIDATION_BATCH)}
+    return found + [learner.logits(images) for images in chunks.values()]
 
 
 def check_finite(row: dict[str, Any], learner: Learner, images: Tensor, plan: Plan) -> None:
@@ -323,10 +322,8 @@ def validate(learner: Learner, share: BatchedDigits, size: int) -> tuple[dict[st
     device = share.images.device
     sums = torch.zeros(2, dtype=widest_float(device), device=device)
     predictions, confidences = [], []
-    for images, labels in zip(
-        share.images.split(_VALIDATION_BATCH), share.labels.split(_VALIDATION_BATCH), strict=True
-    ):
-        log_probabilities = learner.logits(normalise(images, share.dtype)).log_softmax(1)
+    for images, labels in share.chunks(_VALIDATION_BATCH):
+        log_probabilities = learner.logits(images).log_softmax(1)
         sums[0] += functional.nll_loss(log_probabilities, labels, reduction="sum")
         highest, prediction = log_probabilities.max(1)
         sums[1] += (prediction == labels).sum()

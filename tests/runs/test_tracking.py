@@ -160,24 +160,6 @@ def train(mirror: Mirror, folder: Path, first: int = 10, last: int = STEPS[-1]) 
     mirror.rows(length(folder, last))
 
 
-def test_gives_way_until_training_has_ended(patient, folder):
-    mirror = start(folder, "offline")
-    group = Path(f"/proc/{mirror._process.pid}/autogroup")
-    if not group.exists():
-        mirror.close()
-        pytest.skip("the kernel does not group processes by session")
-
-    def nice() -> int:
-        return int(group.read_text().rpartition(" ")[2])
-
-    wait_for(lambda: nice() == 19)
-    train(mirror, folder)
-    mirror.trained()
-    wait_for(lambda: nice() == 0)
-    assert psutil.Process(mirror._process.pid).nice() < 10
-    mirror.close()
-
-
 def whole_run(folder: Path, mode: str = "auto", number: int = 50, close: bool = True) -> Mirror:
     """From the start to the end."""
     mirror = start(folder, mode)
@@ -558,6 +540,24 @@ def test_trial_of_the_sweep_file_is_the_run_of_its_agent(server, tmp_path, data_
     assert server.run.summary["validation/accuracy"] == last["validation/accuracy"]
     assert server.run.config["hidden_sizes"]["value"] == [32, 24, 16, 12]
     assert server.run.config["nesterov"]["value"] is True
+
+
+def test_gives_way_until_training_has_ended(patient, folder):
+    mirror = start(folder, "offline")
+    group = Path(f"/proc/{mirror._process.pid}/autogroup")
+    if not group.exists():
+        mirror.close()
+        pytest.skip("the kernel does not group processes by session")
+
+    def nice() -> int:
+        return int(group.read_text().rpartition(" ")[2])
+
+    wait_for(lambda: nice() == 19)
+    train(mirror, folder)
+    mirror.trained()
+    wait_for(lambda: nice() == 0)
+    assert psutil.Process(mirror._process.pid).nice() < 10
+    mirror.close()
 
 
 def test_run_stays_the_one_that_is_recorded(patient, folder, server, monkeypatch, capfd):
