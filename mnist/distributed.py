@@ -76,13 +76,6 @@ class World:
             with contact():
                 dist.all_reduce(tensor)
 
-    def gather(self, tensor: Tensor) -> Tensor:
-        """The flat tensors of all ranks, of one length, as rows."""
-        gathered = tensor.new_empty(self.size * len(tensor))
-        with contact():
-            dist.all_gather_into_tensor(gathered, tensor)
-        return gathered.view(self.size, -1)
-
     def meet(self) -> None:
         """Wait until every rank is here."""
         self.all_reduce(torch.zeros(1, device=self.device))

@@ -38,7 +38,7 @@ def contact() -> Iterator[None]:
     """Turn what a collective raises into one line."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise WorldError(
             f"another process is gone ({reason}); the same command again goes on from what is saved"

@@ -2,9 +2,11 @@
 each.
 
 There are no training images but the first 14,000: validation, on those that a run does not train
-on, is short. Reads a JSON list of [world size, "train", options], where the run ends with its
-final model, [world size, "interrupt", options], where rank 1 is asked to stop at step 100, or
-[world size, "evaluate", [options of one evaluation, …]].
+on, is short. Reads a JSON list of [world size, job, options]. Jobs are "train", where the run ends
+with its final model; "interrupt", where rank 1 is asked to stop at step 100; both "over a network",
+as if each process were on a machine of its own, or "in float64", where each rank saves its weights
+as well; "evaluate", with a list of the options of each evaluation; "sums", with a list of what to
+compare (test_allreduce.py).
 """
 
 import json
@@ -17,12 +19,16 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
+import numpy as np
+import torch
+from torch.nn.utils import parameters_to_vector
+
 from mnist.data import Digits, load_mnist
-from mnist.distributed import connect
+from mnist.distributed import PRECISIONS, connect
 from mnist.evaluation.config import parse_evaluate_config
 from mnist.evaluation.job import evaluate
 from mnist.system import StopRequest
-from mnist.training import loop
+from mnist.training import allreduce, loop
 from mnist.training.config import parse_train_config
 from mnist.training.job import open_run, save_final
 from mnist.training.loop import fit
@@ -57,13 +63,21 @@ def work(job: str, options: list) -> None:
         for one in options:
             evaluate(parse_evaluate_config(one))
         return
+    if "in float64" in job:
+        torch.set_default_dtype(torch.float64)
+        PRECISIONS["fp32"] = torch.float64
+    if "over a network" in job:
+        allreduce.meet_neighbours = lambda *_: None
     config = parse_train_config(options)
     world = connect(config)
     with StopRequest() as stop, ExitStack() as stack:
-        if job == "interrupt":
+        if "interrupt" in job:
             stop = AtStep100(world.rank)
         start = world.from_main(lambda: open_run(config, world, stack))
         model = fit(config, world, start, stop)
+        if "in float64" in job:
+            weights = parameters_to_vector(model.parameters()).detach().numpy()
+            np.save(config.run_folder / f"weights{world.rank}.npy", weights)
         if world.is_main:
             save_final(model, config.run_folder / "model.safetensors")
 
@@ -94,7 +108,7 @@ def fork(rank: int, size: int, port: int, job: str, options: list) -> int:
     try:
         work(job, options)
     except SystemExit as stopped:
-        code = 0 if (job, stopped.code) == ("interrupt", 75) else 1
+        code = 0 if "interrupt" in job and stopped.code == 75 else 1
     except BaseException:
         traceback.print_exc()
         code = 1

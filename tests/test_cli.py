@@ -63,9 +63,9 @@ def test_underscores_and_hyphens_both_work():
         (["--nesterov", "true"], "nesterov", True),
         (["--nesterov=1", "--seed=3"], "nesterov", True),
         (["--nesterov", "--nesterov=False"], "nesterov", False),
-        (["--exact_sums=false"], "exact_sums", False),
-        (["--exact-sums", "0"], "exact_sums", False),
-        (["--no-exact-sums=True"], "exact_sums", False),
+        (["--nesterov", "--no_nesterov=True"], "nesterov", False),
+        (["--nesterov", "--nesterov", "0"], "nesterov", False),
+        (["--nesterov", "--no-nesterov"], "nesterov", False),
         (["--hidden_sizes=[512, 256, 128, 32]"], "hidden_sizes", (512, 256, 128, 32)),
         (["--hidden-sizes", "[512,256,128,32]"], "hidden_sizes", (512, 256, 128, 32)),
         (["--hidden_sizes=512,256,128,32"], "hidden_sizes", (512, 256, 128, 32)),
@@ -110,6 +110,14 @@ def test_settings_that_are_no_more_are_read_at_their_only_value(tmp_path):
                     pytest.raises(InputError, match=r"--gaps 0\.3 there, 0\.0 here")
                 )
             open_run(config, World(), stack)
+
+
+@pytest.mark.parametrize("exact", ["true", "false"])
+def test_exact_sums_of_an_earlier_version_are_left_out_in_one_line(tmp_path, exact, capsys):
+    file = tmp_path / "config.yaml"
+    file.write_text(f"seed: 4\nexact_sums: {exact}\n")
+    assert parse_train_config(["--config", str(file)]) == TrainConfig(seed=4, config=file)
+    assert capsys.readouterr().err == f"warning: {file}: --exact-sums is no more, and left out\n"
 
 
 def test_saved_settings_repeat_the_run(tmp_path):
@@ -175,7 +183,7 @@ def test_every_setting_is_either_numeric_or_known_not_to_be():
         ("--thickness -0.1", "--thickness takes 0 to 1"),
         ("--nesterov=maybe", "--nesterov takes true or false, not maybe"),
         ("--nesterov 2", "--nesterov takes true or false, not 2"),
-        ("--no-exact-sums=on", "--no-exact-sums takes true or false, not on"),
+        ("--no-nesterov=on", "--no-nesterov takes true or false, not on"),
         ("--hidden-sizes=[4,3,2", "--hidden-sizes"),
         ("--hidden-sizes=[[4,3],[2,1]]", "--hidden-sizes"),
         ("--hidden-sizes=[4,3,2]", "--hidden-sizes takes exactly four widths"),
@@ -300,8 +308,8 @@ def test_merged_settings_may_be_overridden(tmp_path):
         ("wandb_group:", "wandb_group", None),
         ("threads: null", "threads", None),
         ("nesterov: yes", "nesterov", True),
-        ("exact_sums: Off", "exact_sums", False),
-        ("exact_sums: 'false'", "exact_sums", False),
+        ("nesterov: On", "nesterov", True),
+        ("nesterov: 'true'", "nesterov", True),
     ],
 )
 def test_what_is_written_is_what_is_taken(tmp_path, text, field, value):
@@ -344,7 +352,6 @@ def random_settings(random):
         "hidden_sizes": tuple(random.choices(range(1, 2000), k=4)),
         "learning_rate": random.choice([1e-05, 0.1, 1e-300, 123456.789, random.random()]),
         "momentum": random.random(),
-        "exact_sums": random.random() < 0.5,
         "run_name": random.choice([None, "no", "0123", "1_000", "null", "1e3", "2024-01-02"]),
         "data_dir": Path(random.choice(["/a b/c", "ü", "no", "0123", "a/~", "-x", "a: b #c"])),
         "wandb_group": random.choice([None, "--fresh", *text]),

@@ -101,6 +101,11 @@ def open_run_folder(
             world = dataclasses.replace(world, precision=PRECISIONS[start.precision])
         products = _products(folder, settings) or faster_products(world)
         start = dataclasses.replace(start, products=products)
+        if start.step and world.size > 1 and recorded_settings(folder).get("exact_sums"):
+            warn(
+                f"{folder} was begun with --exact-sums, which is no more: results can differ in "
+                "the last bits"
+            )
         contents = {**settings.all, "products": products}
         write_file(folder / "config.yaml", yaml.safe_dump(contents, sort_keys=False))
         _record_environment(folder / "environment.json", world, start)

@@ -22,6 +22,7 @@ from mnist.cli import (
     require,
     require_processes,
 )
+from mnist.system import warn
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,10 +92,6 @@ class TrainConfig:
     products: Literal["auto", "torch", "onednn"] = "auto"
     """Whose matrix products train on CPUs. They differ in their last bits; auto: the faster, as
     measured at the first start, and written into the run's config.yaml."""
-    exact_sums: bool = True
-    """In fp32 on CPUs, have every process sum the gradients of the whole global batch, in the same
-    order: then worlds of any size end with the same weights. Free for one process; of several,
-    each does this part of a step alone."""
     threads: int | None = None
     """CPU threads per process; by default all cores this process may use, shared by the
     processes of a machine. In a --config file no more than these."""
@@ -190,7 +187,7 @@ _JOB = "train.py"
 _NUMERIC = (
     "seed epochs batch_size hidden_sizes optimizer learning_rate schedule warmup momentum nesterov "
     "weight_decay label_smoothing averaging rotation scaling shear shift elastic "
-    "thickness precision exact_sums validation_size"
+    "thickness precision validation_size"
 ).split()
 
 RETIRED: dict[str, Any] = {"elastic_smoothness": 5.0, "gaps": 0.0}
@@ -260,12 +257,14 @@ def parse_train_config(arguments: Sequence[str]) -> TrainConfig:
     arguments = as_typed(arguments, TrainConfig)
     found, _ = sources.parse_known_args(arguments)
     # Earlier versions wrote down others as well.
-    known = [*to_yaml(TrainConfig()), "threads", *RETIRED]
+    known = [*to_yaml(TrainConfig()), "threads", *RETIRED, "exact_sums"]
     file = None if found.config in (None, "None") else Path(os.path.expanduser(found.config))
     settings = {} if file is None else read_settings(file, known)
     for name in RETIRED.keys() & settings.keys():
         if settings.pop(name) not in (f"{RETIRED[name]}", f"{RETIRED[name]:g}"):
             raise InputError(f"{file}: {option(name)} is no more: it is always {RETIRED[name]}")
+    if settings.pop("exact_sums", None) is not None and os.environ.get("RANK", "0") == "0":
+        warn(f"{file}: --exact-sums is no more, and left out")
     recipe: Any = found.recipe or settings.get("recipe", "baseline")
     if "recipe" in settings and recipe != settings["recipe"]:
         raise InputError(

@@ -34,6 +34,7 @@ from mnist.runs.folder import Start
 from mnist.runs.metrics import NoTracker, Tracker
 from mnist.runs.mirror import NoMirror
 from mnist.system import StopRequest, flush_to_disk
+from mnist.training.allreduce import open_reducer
 from mnist.training.config import TrainConfig, to_yaml
 from mnist.training.distortion import Distortion
 from mnist.training.step import Learner
@@ -152,10 +153,11 @@ def fit(
         world = dataclasses.replace(world, precision=PRECISIONS[start.precision])
     look_every = 1 if world.device.type == "cpu" else _GPU_STEPS_BETWEEN_LOOKS
     interrupted = False
+    model = MLP(config.hidden_sizes).initialise(config.seed)
+    reducer = open_reducer(world, model)
     with ExitStack() as stack:
         with world.preparing():
-            model = MLP(config.hidden_sizes).initialise(config.seed)
-            learner = Learner(model, config, world, start.products)
+            learner = Learner(model, config, world, start.products, reducer)
             training, validation = load_training_data(config, world, learner.input_dtype)
             plan = Plan(len(training), config)
             batches = GlobalBatches(

@@ -1,12 +1,13 @@
 """One training step, by hand: forward, backward, all-reduce, update, on flat buffers.
 
 Weights, optimizer state and gradient are one buffer each, so that the all-reduce, the update and
-the cast to half precision are one operation each, always in the same layout. A step at batch 64
-takes half the time of autograd, and repeats bit for bit (DistributedDataParallel regroups its
-buckets after the first step of a process). Results are written into buffers that are made once for
-each size of a batch: memory that was used just before is in a cache, and new one is not.
+the cast to half precision are few operations, always in the same layout. A step at batch 64 takes
+half the time of autograd, and repeats bit for bit (DistributedDataParallel regroups its buckets
+after the first step of a process). Results are written into buffers that are made once for each
+size of a batch: memory that was used just before is in a cache, and new one is not.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,10 +16,10 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils import parameters_to_vector
 
-from mnist.data import rank_slice
 from mnist.distributed import World, widest_float
 from mnist.model import CLASSES, MLP
 from mnist.products import Kind, training_products
+from mnist.training.allreduce import AllReduce, Reducer, sizes_of_layers
 from mnist.training.config import TrainConfig
 
 # Layers after the last one of this many weights stay in float32, the logits among them: small
@@ -50,6 +51,16 @@ class _Buffers(NamedTuple):
 _NONE = _Buffers([], [])
 
 
+class _Chunk(NamedTuple):
+    """Views of what is updated together."""
+
+    parameters: Tensor
+    momentum: Tensor
+    squares: Tensor
+    average: Tensor
+    half: Tensor  # of the first of the parameters, in half precision
+
+
 class Learner:
     """An MLP in training: its flat buffers and the step that changes them.
 
@@ -63,12 +74,19 @@ class Learner:
         config: the settings.
         world: the processes that step together.
         products: whose matrix products to take on CPUs; by default the setting's, else torch's.
+        reducer: what adds up the gradients; by default the backend's all-reduce.
     """
 
     def __init__(
-        self, model: MLP, config: TrainConfig, world: World, products: Kind | None = None
+        self,
+        model: MLP,
+        config: TrainConfig,
+        world: World,
+        products: Kind | None = None,
+        reducer: Reducer | None = None,
     ) -> None:
         self.model, self.config, self.world = model, config, world
+        self.reducer: Reducer = reducer or AllReduce(world, model)
         kind = products or ("onednn" if config.products == "onednn" else "torch")
         full, large_product, rounds = training_products(kind, world.precision, world.device)
         weights = [layer.weight.numel() for layer in model.layers]
@@ -79,32 +97,34 @@ class Learner:
         self._products += [full] * (len(weights) - large_layers)
         self._buffers: dict[int, _Buffers] = {}
 
-        self.parameters = parameters_to_vector(model.parameters()).detach().to(world.device)
-        self.average = self.parameters.clone() if config.averaging else self.parameters
-        size = self.parameters.numel()
-        self.momentum = torch.zeros_like(self.parameters)
-        self.squares = torch.zeros(size if config.optimizer == "adamw" else 0, device=world.device)
+        flat = parameters_to_vector(model.parameters()).detach()
+        size, dtype = len(flat), flat.dtype
+        zeros = self.reducer.zeros
+        self.parameters = zeros(size, dtype).copy_(flat)
+        self.average = self.parameters
+        if config.averaging:
+            self.average = zeros(size, dtype).copy_(flat)
+        self.momentum = zeros(size, dtype)
+        self.squares = zeros(size if config.optimizer == "adamw" else 0, dtype)
         self.updates = torch.zeros((), device=world.device)  # as AdamW counts them
-        # All that one all-reduce carries: the gradient, and how many ranks are asked to stop.
-        self.reduced = torch.zeros(size + 1, device=world.device)
-        self.gradient, self._stop = self.reduced.split([size, 1])
+        # The gradient, and whether this rank is asked to stop.
+        self.gradient, self._stop = self.reducer.message[:size], self.reducer.message[size:]
         # Sums of loss and correct answers: over all ranks, and of this one alone.
         self.totals = torch.zeros(2, dtype=widest_float(world.device), device=world.device)
         self._own_totals = torch.zeros_like(self.totals)
         self._unscored: list[tuple[Tensor, Tensor]] = []
-        # On GPUs a row's result depends on its batch, so that nothing is gained there.
-        exact = world.precision == torch.float32 and world.device.type == "cpu"
-        self._gathers = exact and config.exact_sums and world.size > 1
 
-        half_size = sum(
-            p.numel() for layer in model.layers[:half_layers] for p in layer.parameters()
-        )
-        self._half = self.parameters[:half_size].to(world.precision)
+        ends = itertools.accumulate(sizes_of_layers(model), initial=0)
+        self._half_parts = [slice(*pair) for pair in itertools.pairwise(ends)][:half_layers]
+        half_size = self._half_parts[-1].stop if half_layers else 0
+        self._half = zeros(half_size, world.precision).copy_(flat[:half_size])
         self._half_gradient = torch.zeros_like(self._half)
         self._layers = self._views(self.parameters, self._half)
         self._gradients = self._views(self.gradient, self._half_gradient)
         for layer, views in zip(model.layers, self._views(self.average), strict=True):
             layer.weight.data, layer.bias.data = views.weight, views.bias
+        states = (self.parameters, self.momentum, self.squares, self.average, self._half)
+        self._chunks = [_Chunk(*(state[part] for state in states)) for part in self.reducer.chunks]
 
         self._targets = torch.eye(CLASSES, device=world.device)
         self._targets += config.label_smoothing * (1 / CLASSES - self._targets)
@@ -148,18 +168,12 @@ class Learner:
             stop: whether this rank is asked to stop; all learn of it by ``asked_to_stop``.
         """
         inputs, deltas = self._differentiate(images, labels, batch_size)
-        if self._gathers:
-            stops, *columns = self._gather([*inputs, *deltas], batch_size, stop)
-            inputs, deltas = columns[: len(inputs)], columns[len(inputs) :]
-            self._sum(inputs, deltas)
-            self._stop.fill_(stops)
-        else:
-            self._sum(inputs, deltas)
-            self._stop.fill_(stop)
-            self.world.all_reduce(self.reduced)
-        self._update(learning_rate)
-        if averaging and self.average is not self.parameters:
-            self.average.lerp_(self.parameters, averaging)
+        self._stop.fill_(stop)
+        for number, layers in enumerate(self.reducer.parts):
+            self._sum(inputs, deltas, layers)
+            self.reducer.send(number)
+        self._update(learning_rate, averaging)
+        self.reducer.settle()
 
     def sum_up(self) -> None:
         """Let ``totals`` have all steps, on every rank: each has to be here."""
@@ -177,7 +191,7 @@ class Learner:
 
     def asked_to_stop(self) -> bool:
         """Whether any rank was, at the last step: the same answer on all (it waits for a GPU)."""
-        return bool(self._stop)
+        return bool(self.reducer.stops)
 
     def state(self) -> dict[str, Tensor]:
         """A copy of all that a checkpoint needs beside ``weights``, by name; after ``sum_up``."""
@@ -228,10 +242,11 @@ class Learner:
         but the gradient."""
         unscored, totals = self._unscored, self._own_totals.clone()
         self._unscored = []
-        self._sum(*self._differentiate(images, labels, max(1, len(images))))
+        inputs, deltas = self._differentiate(images, labels, max(1, len(images)))
+        self._sum(inputs, deltas, range(len(inputs)))
         self._unscored = unscored
         self._own_totals.copy_(totals)
-        return self.reduced[:-1].clone()
+        return self.gradient.clone()
 
     def _buffers_for(self, count: int) -> _Buffers:
         if count not in self._buffers:
@@ -253,7 +268,7 @@ class Learner:
             inputs.append(hidden)
             out = buffers.outputs[index] if index < len(buffers.outputs) else None
             hidden = self._products[index](hidden, transposed, bias, out)
-        return inputs, hidden.float()
+        return inputs, hidden.to(self.parameters.dtype)
 
     def _differentiate(
         self, images: Tensor, labels: Tensor, batch_size: int
@@ -301,57 +316,43 @@ class Learner:
         self._own_totals[0] += losses.mul_(_LOSS_STEPS).round_().sum() / _LOSS_STEPS
         self._own_totals[1] += (logits.argmax(1) == labels).sum()
 
-    def _sum(self, inputs: list[Tensor], deltas: list[Tensor]) -> None:
-        """Fill the gradient with the sum over images."""
-        for index, (weight, bias, _) in enumerate(self._gradients):
+    def _sum(self, inputs: list[Tensor], deltas: list[Tensor], layers: Sequence[int]) -> None:
+        """Fill the gradient of these layers with the sum over images."""
+        for index in layers:
+            weight, bias, _ = self._gradients[index]
             delta, layer_input = deltas[index], inputs[index]
             torch.sum(delta, 0, out=bias)
             self._products[index](delta.t(), layer_input, None, weight)
-        if len(self._half):
-            self.gradient[: len(self._half)].copy_(self._half_gradient)
+        half = self._half_parts[layers[0] : layers[-1] + 1]
+        if half:
+            part = slice(half[0].start, half[-1].stop)
+            self.gradient[part].copy_(self._half_gradient[part])
 
-    def _gather(self, columns: list[Tensor], batch_size: int, stop: bool) -> list[Tensor]:
-        """The rows of the global batch, from those that this rank has.
-
-        So every rank adds up the same numbers in the same order, and worlds of any size end with
-        the same weights. Sums of sums differ in their last bits, and a hidden value that is zero
-        but for rounding then falls on either side of the ReLU.
-
-        Args:
-            columns: tensors of n rows.
-            batch_size: rows in the global batch.
-            stop: whether this rank is asked to stop.
-
-        Returns:
-            How many ranks are asked to stop, then tensors of ``batch_size`` rows.
-        """
-        world = self.world
-        slices = [rank_slice(batch_size, rank, world.size) for rank in range(world.size)]
-        counts = [part.stop - part.start for part in slices]
-        rows = torch.cat(columns, 1)
-        width = rows.shape[1]
-        block = rows.new_zeros(1 + max(counts) * width)
-        block[0] = stop
-        block[1 : 1 + rows.numel()] = rows.flatten()
-        blocks = world.gather(block)
-        parts = [
-            block[1 : 1 + count * width].view(count, width)
-            for block, count in zip(blocks, counts, strict=True)
-        ]
-        gathered = torch.cat(parts).split([column.shape[1] for column in columns], 1)
-        return [blocks[:, 0].sum(), *(column.contiguous() for column in gathered)]
-
-    def _update(self, learning_rate: float) -> None:
+    def _update(self, learning_rate: float, averaging: float) -> None:
         """Change the weights by the gradient, unless it overflowed in fp16."""
-        overflow = None
-        if self.loss_scale is not None:
-            overflow = (~self.gradient.isfinite().all()).float()
-        # What torch.optim's functions call, which have 15 us of checks.
+        self.updates += self.config.optimizer == "adamw"
+        for chunk, gradient in zip(self._chunks, self.reducer.sums(), strict=True):
+            overflow = None
+            if self.loss_scale is not None:  # on a GPU, where there is one chunk
+                overflow = (~gradient.isfinite().all()).float()
+                self.updates -= overflow * (self.config.optimizer == "adamw")
+            self._optimize(chunk, gradient, learning_rate, overflow)
+            if self.loss_scale is not None and overflow is not None:
+                self._adapt_loss_scale(self.loss_scale, overflow)
+            if len(chunk.half):
+                chunk.half.copy_(chunk.parameters[: len(chunk.half)])
+            if averaging and self.average is not self.parameters:
+                chunk.average.lerp_(chunk.parameters, averaging)
+
+    def _optimize(
+        self, chunk: _Chunk, gradient: Tensor, learning_rate: float, overflow: Tensor | None
+    ) -> None:
+        """What torch.optim's functions call, which have 15 us of checks."""
         if self.config.optimizer == "sgd":
             torch._fused_sgd_(
-                [self.parameters],
-                [self.gradient],
-                [self.momentum] if self.config.momentum else [],
+                [chunk.parameters],
+                [gradient],
+                [chunk.momentum] if self.config.momentum else [],
                 lr=learning_rate,
                 momentum=self.config.momentum,
                 dampening=0.0,
@@ -363,12 +364,11 @@ class Learner:
                 found_inf=overflow,
             )
         else:
-            self.updates += 1 if overflow is None else 1 - overflow
             torch._fused_adamw_(
-                [self.parameters],
-                [self.gradient],
-                [self.momentum],
-                [self.squares],
+                [chunk.parameters],
+                [gradient],
+                [chunk.momentum],
+                [chunk.squares],
                 [],
                 [self.updates],
                 lr=learning_rate,
@@ -381,10 +381,6 @@ class Learner:
                 grad_scale=self.loss_scale,
                 found_inf=overflow,
             )
-        if self.loss_scale is not None and overflow is not None:
-            self._adapt_loss_scale(self.loss_scale, overflow)
-        if len(self._half):
-            self._half.copy_(self.parameters[: len(self._half)])
 
     def _adapt_loss_scale(self, scale: Tensor, overflow: Tensor) -> None:
         """Halve the scale after an overflow, double it after a long time without one."""

@@ -113,7 +113,7 @@ SETTINGS = {
         "hidden_sizes": (96, 704, 16, 12),
         "products": "onednn",
     },
-    "float32 sums": {"exact_sums": False, "label_smoothing": 0.1},
+    "smoothing": {"label_smoothing": 0.1},
     "record": {"averaging": 0.9, "schedule": "cosine", "warmup": 0.1, "rotation": 12, "elastic": 1},
 }
 

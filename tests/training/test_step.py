@@ -27,8 +27,14 @@ def learner(model, precision=torch.float32, products="torch", **settings):
     return Learner(copy.deepcopy(model), config, World(precision=precision))
 
 
+def total_gradient(ours, images, labels, batch_size):
+    inputs, deltas = ours._differentiate(images, labels, batch_size)
+    ours._sum(inputs, deltas, range(5))
+    return ours.gradient
+
+
 def differentiate(ours, images, labels):
-    ours._sum(*ours._differentiate(images, labels, batch_size=len(labels)))
+    total_gradient(ours, images, labels, batch_size=len(labels))
 
 
 def flat(model):
@@ -121,20 +127,18 @@ def test_slices_add_up_to_the_global_batch():
     model = MLP(WIDTHS).initialise(0)
     images, labels = batch(13)
     whole, part = learner(model), learner(model)
-    whole._sum(*whole._differentiate(images, labels, batch_size=13))
-    total = torch.zeros_like(whole.reduced)
+    expected = total_gradient(whole, images, labels, batch_size=13)
+    total = torch.zeros_like(expected)
     for piece in (slice(0, 7), slice(7, 7), slice(7, 13)):  # uneven, one of them empty
-        part._sum(*part._differentiate(images[piece], labels[piece], batch_size=13))
-        total += part.reduced
-    torch.testing.assert_close(total, whole.reduced, rtol=1e-4, atol=1e-6)
+        total += total_gradient(part, images[piece], labels[piece], batch_size=13)
+    torch.testing.assert_close(total, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_empty_slice_contributes_zeros(precision):
     ours = learner(MLP(LARGE).initialise(0), precision)
-    ours.reduced.fill_(7)
-    ours._sum(*ours._differentiate(*batch(0), batch_size=3))
-    assert not ours.reduced[:-1].any()  # the last says whether a rank is to stop
+    ours.gradient.fill_(7)
+    assert not total_gradient(ours, *batch(0), batch_size=3).any()
 
 
 @pytest.mark.parametrize("waiting", [5, 2**14])  # images, until steps are scored

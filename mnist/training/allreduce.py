@@ -1,0 +1,254 @@
+"""Sums of all processes' gradients, each in the way that is fastest where the processes are.
+
+A message is a gradient and, as its last element, whether its rank is asked to stop. Sums are in the
+order of ranks, of float32; over a network gradients travel in half precision where training is in
+half precision.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from mnist.data import rank_slice
+from mnist.distributed import World
+from mnist.meeting import COLLECTIVE_TIMEOUT, contact
+from mnist.model import MLP
+from mnist.shared_memory import Neighbours, meet_neighbours
+
+_CHUNK = 2**16  # numbers that are summed, and then learned from while they are in a core's cache
+# The last few numbers of a chunk may be computed in another way, and so end with other bits, unless
+# they are the last ones of all. And two processes should not write to the same line of a cache.
+_ALIGNED = 16
+_PAGE = 4096
+
+
+class Reducer(Protocol):
+    """Adds up messages, of one dtype, while those that are complete already travel."""
+
+    message: Tensor
+    """This rank's own; whoever has written a part of it calls ``send``."""
+    stops: Tensor
+    """How many ranks are asked to stop, after ``sums``."""
+    parts: list[range]
+    """Layers whose gradients travel together, in the order in which they are to be sent."""
+    chunks: list[slice]
+    """Of the parameters, which this rank updates, in the order in which ``sums`` has them."""
+
+    def zeros(self, size: int, dtype: torch.dtype) -> Tensor:
+        """For what is updated: every rank sees all of it."""
+
+    def send(self, part: int) -> None:
+        """Say that this part of the message is complete, and those before it."""
+
+    def sums(self) -> Iterator[Tensor]:
+        """The sums over all ranks, chunk by chunk: each is to be used before the next is taken."""
+
+    def settle(self) -> None:
+        """Wait until all ranks have updated their chunks."""
+
+
+def open_reducer(world: World, model: MLP) -> Reducer:
+    """The one for this world. All ranks do this together."""
+    if world.size == 1 or world.device.type != "cpu":
+        return AllReduce(world, model)
+    timeout = int(COLLECTIVE_TIMEOUT.total_seconds())
+    with contact():
+        neighbours = meet_neighbours(world.rank, world.size, timeout, world.from_all)
+        if neighbours is not None:
+            return SharedMemory(world, model, neighbours)
+    return Network(world, model)
+
+
+def sizes_of_layers(model: MLP) -> list[int]:
+    """Weights and biases of each."""
+    return [sum(p.numel() for p in layer.parameters()) for layer in model.layers]
+
+
+class AllReduce:
+    """By the backend, which on GPUs knows how these are connected; of one process, nothing."""
+
+    def __init__(self, world: World, model: MLP) -> None:
+        sizes, dtype = sizes_of_layers(model), next(model.parameters()).dtype
+        self._world = world
+        self.message = torch.zeros(sum(sizes) + 1, dtype=dtype, device=world.device)
+        self._sent = _to_send(self.message, world) if world.size > 1 else self.message
+        self.stops = self.message[-1]
+        self.parts = [range(len(sizes))]
+        self.chunks: list[slice] = [slice(0, sum(sizes))]
+
+    def zeros(self, size: int, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(size, dtype=dtype, device=self._world.device)
+
+    def send(self, part: int) -> None:
+        if self._sent is not self.message:
+            self._sent.copy_(self.message)
+        self._world.all_reduce(self._sent)
+        if self._sent is not self.message:
+            self.message.copy_(self._sent)
+
+    def sums(self) -> Iterator[Tensor]:
+        yield self.message[:-1]
+
+    def settle(self) -> None:
+        pass
+
+
+def _to_send(message: Tensor, world: World) -> Tensor:
+    """What of a message travels: itself, or it in half precision."""
+    is_half = world.precision.itemsize < message.dtype.itemsize and world.precision.itemsize == 2
+    return torch.empty_like(message, dtype=world.precision) if is_half else message
+
+
+class SharedMemory:
+    """On one machine: each process adds up a part of all gradients where they were computed, and
+    updates this part of the weights for all."""
+
+    def __init__(self, world: World, model: MLP, neighbours: Neighbours) -> None:
+        sizes, dtype = sizes_of_layers(model), next(model.parameters()).dtype
+        self._neighbours, size = neighbours, sum(sizes)
+        width = -(-(size + 1) * dtype.itemsize // _PAGE) * _PAGE
+        # Weights, two states of an optimizer, an average, a copy in half precision.
+        shared = neighbours.share((world.size + 5) * width)
+        self._memory = torch.frombuffer(shared, dtype=torch.uint8)
+        self._used = 0
+        messages = [self.zeros(size + 1, dtype) for _ in range(world.size)]
+        self._flags = [message[-1:] for message in messages]
+        self.message = messages[world.rank]
+        self.stops = torch.zeros(1, dtype=dtype)
+        self.parts = [range(len(sizes))]
+        lines = rank_slice(-(-size // _ALIGNED), world.rank, world.size)
+        own = range(_ALIGNED * lines.start, min(_ALIGNED * lines.stop, size))
+        self.chunks = _chunks(own)
+        self._terms = [[message[chunk] for message in messages] for chunk in self.chunks]
+        self._sum = torch.empty(_CHUNK, dtype=dtype)
+
+    def zeros(self, size: int, dtype: torch.dtype) -> Tensor:
+        start, length = self._used, size * dtype.itemsize
+        self._used += -(-length // _PAGE) * _PAGE
+        return self._memory[start : start + length].view(dtype)
+
+    def send(self, part: int) -> None:
+        with contact():
+            self._neighbours.wait()
+
+    def sums(self) -> Iterator[Tensor]:
+        _add(self._flags, self.stops)
+        for terms in self._terms:
+            yield _add(terms, self._sum[: len(terms[0])])
+
+    def settle(self) -> None:
+        with contact():
+            self._neighbours.wait()
+
+
+class Network:
+    """Over a network: a part of the messages travels while others are computed or learned from."""
+
+    def __init__(self, world: World, model: MLP) -> None:
+        sizes, dtype = sizes_of_layers(model), next(model.parameters()).dtype
+        size = sum(sizes)
+        self.message = torch.zeros(size + 1, dtype=dtype)
+        sent = _to_send(self.message, world)
+        self.stops = torch.zeros(1, dtype=dtype)
+        self.parts = [range(1), range(1, len(sizes))]
+        first = sizes[0] // _ALIGNED * _ALIGNED
+        parts = [slice(0, first), slice(first, size + 1)]
+        self._exchanges = [_Exchange(world, self.message[part], sent[part]) for part in parts]
+        self.chunks: list[slice] = []
+        self._terms: list[list[list[Tensor]]] = []  # of each exchange's chunks
+        for part, exchange in zip(parts, self._exchanges, strict=True):
+            chunks = _chunks(range(part.start, min(part.stop, size)))
+            own = [slice(c.start - part.start, c.stop - part.start) for c in chunks]
+            self._terms.append([[term[c] for term in exchange.terms] for c in own])
+            self.chunks += chunks
+        self._flags = [term[-1:] for term in self._exchanges[-1].terms]
+        self._sum = torch.empty(_CHUNK, dtype=dtype)
+
+    def zeros(self, size: int, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(size, dtype=dtype)
+
+    def send(self, part: int) -> None:
+        with contact():
+            self._exchanges[part].begin()
+
+    def sums(self) -> Iterator[Tensor]:
+        with contact():
+            for exchange in self._exchanges:
+                exchange.spread()
+        for exchange, chunks in zip(self._exchanges, self._terms, strict=True):
+            with contact():
+                exchange.finish()
+            for terms in chunks:
+                yield _add(terms, self._sum[: len(terms[0])])
+        _add(self._flags, self.stops)
+
+    def settle(self) -> None:
+        pass
+
+
+class _Exchange:
+    """Of one part of the messages: two processes send each other all of theirs; of more, each adds
+    up a share and sends all others its sums. All messages travel at once: around a ring, the time
+    that one takes would count as often as there are processes."""
+
+    def __init__(self, world: World, message: Tensor, sent: Tensor) -> None:
+        self._message, self._sent, size = message, sent, world.size
+        if size == 2:
+            there = [len(sent) * (rank != world.rank) for rank in range(2)]
+            back = there
+            self._received = torch.empty_like(sent)
+            self.terms = [sent, self._received] if world.is_main else [self._received, sent]
+        else:
+            shares = [rank_slice(len(sent), rank, size) for rank in range(size)]
+            there = [share.stop - share.start for share in shares]
+            back = [there[world.rank]] * size
+            self._received = sent.new_empty(sum(back))
+            self._sum = message.new_empty(back[0])
+            self._copies = sent.new_empty(size, back[0])
+            self._sums = torch.empty_like(sent)
+            self.terms = [self._sums]
+        self._there, self._back, self._is_pair = there, back, size == 2
+        self._request: dist.Work | None = None
+
+    def begin(self) -> None:
+        if self._sent is not self._message:
+            self._sent.copy_(self._message)
+        self._request = _send(self._received, self._sent, self._back, self._there)
+
+    def spread(self) -> None:
+        if not self._is_pair:
+            self.finish()
+            _add(self._received.view(len(self._back), -1).unbind(), self._sum)
+            self._copies.copy_(self._sum)
+            self._request = _send(self._sums, self._copies.flatten(), self._there, self._back)
+
+    def finish(self) -> None:
+        assert self._request is not None
+        self._request.wait()
+
+
+def _send(received: Tensor, sent: Tensor, back: list[int], there: list[int]) -> dist.Work:
+    """Send each rank so many numbers, one rank's after another's, and receive so many."""
+    request = dist.all_to_all_single(received, sent, back, there, async_op=True)
+    assert request is not None
+    return request
+
+
+def _chunks(part: range) -> list[slice]:
+    return [slice(i, min(i + _CHUNK, part.stop)) for i in part[::_CHUNK]]
+
+
+def _add(terms: Sequence[Tensor], out: Tensor) -> Tensor:
+    """Their sum, in the order and in the dtype that ``out`` has."""
+    if len(terms) > 1 and terms[0].dtype == out.dtype:
+        torch.add(terms[0], terms[1], out=out)
+        rest = terms[2:]
+    else:
+        out.copy_(terms[0])
+        rest = terms[1:]
+    for term in rest:
+        out.add_(term)
+    return out
