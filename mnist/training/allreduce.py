@@ -40,6 +40,9 @@ class Reducer(Protocol):
     def zeros(self, size: int, dtype: torch.dtype) -> Tensor:
         """For what is updated: every rank sees all of it."""
 
+    def begin(self) -> None:
+        """A step begins."""
+
     def send(self, part: int) -> None:
         """Say that this part of the message is complete, and those before it."""
 
@@ -81,6 +84,9 @@ class AllReduce:
 
     def zeros(self, size: int, dtype: torch.dtype) -> Tensor:
         return torch.zeros(size, dtype=dtype, device=self._world.device)
+
+    def begin(self) -> None:
+        pass
 
     def send(self, part: int) -> None:
         if self._sent is not self.message:
@@ -130,6 +136,9 @@ class SharedMemory:
         self._used += -(-length // _PAGE) * _PAGE
         return self._memory[start : start + length].view(dtype)
 
+    def begin(self) -> None:
+        pass
+
     def send(self, part: int) -> None:
         with contact():
             self._neighbours.wait()
@@ -151,13 +160,16 @@ class Network:
         sizes, dtype = sizes_of_layers(model), next(model.parameters()).dtype
         size = sum(sizes)
         self.message = torch.zeros(size + 1, dtype=dtype)
-        sent = _to_send(self.message, world)
         self.stops = torch.zeros(1, dtype=dtype)
         self.parts = [range(1), range(1, len(sizes))]
+        self.chunks: list[slice] = []
+        self._sum = torch.empty(_CHUNK, dtype=dtype)
+        sent = _to_send(self.message, world)
         first = sizes[0] // _ALIGNED * _ALIGNED
         parts = [slice(0, first), slice(first, size + 1)]
-        self._exchanges = [_Exchange(world, self.message[part], sent[part]) for part in parts]
-        self.chunks: list[slice] = []
+        self._exchanges = [
+            _Exchange(world, self.message[part], sent[part], tag) for tag, part in enumerate(parts)
+        ]
         self._terms: list[list[list[Tensor]]] = []  # of each exchange's chunks
         for part, exchange in zip(parts, self._exchanges, strict=True):
             chunks = _chunks(range(part.start, min(part.stop, size)))
@@ -165,14 +177,18 @@ class Network:
             self._terms.append([[term[c] for term in exchange.terms] for c in own])
             self.chunks += chunks
         self._flags = [term[-1:] for term in self._exchanges[-1].terms]
-        self._sum = torch.empty(_CHUNK, dtype=dtype)
 
     def zeros(self, size: int, dtype: torch.dtype) -> Tensor:
         return torch.zeros(size, dtype=dtype)
 
+    def begin(self) -> None:
+        with contact():
+            for exchange in self._exchanges:
+                exchange.receive()
+
     def send(self, part: int) -> None:
         with contact():
-            self._exchanges[part].begin()
+            self._exchanges[part].send()
 
     def sums(self) -> Iterator[Tensor]:
         with contact():
@@ -190,51 +206,67 @@ class Network:
 
 
 class _Exchange:
-    """Of one part of the messages: two processes send each other all of theirs; of more, each adds
-    up a share and sends all others its sums. All messages travel at once: around a ring, the time
-    that one takes would count as often as there are processes."""
+    """Of a part of the messages: two processes send each other all of theirs; of more, each adds up
+    a share and sends all others its sums. All messages travel at once: around a ring, the time that
+    one takes would count as often as there are processes.
 
-    def __init__(self, world: World, message: Tensor, sent: Tensor) -> None:
-        self._message, self._sent, size = message, sent, world.size
-        if size == 2:
-            there = [len(sent) * (rank != world.rank) for rank in range(2)]
-            back = there
-            self._received = torch.empty_like(sent)
-            self.terms = [sent, self._received] if world.is_main else [self._received, sent]
+    Gloo sends at once, and both ways at the same time, where it has been told before that the other
+    is ready to receive: over 1 Gbit/s that takes half the time of its collectives.
+    """
+
+    def __init__(self, world: World, message: Tensor, sent: Tensor, tag: int) -> None:
+        self._message, self._sent, rank = message, sent, world.rank
+        self._others = [other for other in range(world.size) if other != rank]
+        self._tags = 2 * tag, 2 * tag + 1
+        self._requests: list[dist.Work | None] = []
+        self._spread_to: list[dist.Work | None] = []
+        if world.size == 2:  # what is sent to each rank, and received of it
+            self._sent_to = [sent, sent]
+            self._received = [sent if other == rank else torch.empty_like(sent) for other in (0, 1)]
+            self._sums: list[Tensor] = []
+            self.terms = self._received
         else:
-            shares = [rank_slice(len(sent), rank, size) for rank in range(size)]
-            there = [share.stop - share.start for share in shares]
-            back = [there[world.rank]] * size
-            self._received = sent.new_empty(sum(back))
-            self._sum = message.new_empty(back[0])
-            self._copies = sent.new_empty(size, back[0])
-            self._sums = torch.empty_like(sent)
-            self.terms = [self._sums]
-        self._there, self._back, self._is_pair = there, back, size == 2
-        self._request: dist.Work | None = None
+            shares = [rank_slice(len(sent), other, world.size) for other in range(world.size)]
+            self._sent_to = [sent[share] for share in shares]
+            own = self._sent_to[rank]
+            self._received = [
+                own if other == rank else torch.empty_like(own) for other in range(world.size)
+            ]
+            self._exact = torch.empty_like(own, dtype=message.dtype)
+            self.terms = [torch.empty_like(sent)]
+            self._sums = [self.terms[0][share] for share in shares]
+            self._own_sum = self._sums[rank]
 
-    def begin(self) -> None:
+    def receive(self) -> None:
+        """Be ready for what others send."""
+        first, second = self._tags
+        self._requests = [dist.irecv(self._received[r], r, tag=first) for r in self._others]
+        if self._sums:
+            self._spread_to = [dist.irecv(self._sums[r], r, tag=second) for r in self._others]
+
+    def send(self) -> None:
+        """This part of the message is complete."""
         if self._sent is not self._message:
             self._sent.copy_(self._message)
-        self._request = _send(self._received, self._sent, self._back, self._there)
+        self._requests += [dist.isend(self._sent_to[r], r, tag=self._tags[0]) for r in self._others]
 
     def spread(self) -> None:
-        if not self._is_pair:
-            self.finish()
-            _add(self._received.view(len(self._back), -1).unbind(), self._sum)
-            self._copies.copy_(self._sum)
-            self._request = _send(self._sums, self._copies.flatten(), self._there, self._back)
+        """Add up this rank's share, if it has one, and send it."""
+        if self._sums:
+            _wait(self._requests)
+            self._own_sum.copy_(_add(self._received, self._exact))
+            sends = [dist.isend(self._own_sum, r, tag=self._tags[1]) for r in self._others]
+            self._requests = self._spread_to + sends
 
     def finish(self) -> None:
-        assert self._request is not None
-        self._request.wait()
+        """Wait for what is on its way."""
+        _wait(self._requests)
 
 
-def _send(received: Tensor, sent: Tensor, back: list[int], there: list[int]) -> dist.Work:
-    """Send each rank so many numbers, one rank's after another's, and receive so many."""
-    request = dist.all_to_all_single(received, sent, back, there, async_op=True)
-    assert request is not None
-    return request
+def _wait(requests: Sequence[dist.Work | None]) -> None:
+    for request in requests:
+        assert request is not None
+        request.wait()
 
 
 def _chunks(part: range) -> list[slice]:

@@ -167,6 +167,7 @@ class Learner:
             averaging: the weight of the new weights in their average.
             stop: whether this rank is asked to stop; all learn of it by ``asked_to_stop``.
         """
+        self.reducer.begin()
         inputs, deltas = self._differentiate(images, labels, batch_size)
         self._stop.fill_(stop)
         for number, layers in enumerate(self.reducer.parts):
