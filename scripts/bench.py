@@ -1,6 +1,7 @@
 """Speed, measured side by side: scripts/bench [PART ...], of
 
-training, distortion, scoring, processes, accuracy, scaling, and, only when named, neighbour.
+training, distortion, scoring, processes, accuracy, scaling, and, only when named, neighbour and
+network (root, as it lays one).
 
 What is compared is interleaved in rounds, and steps within a round, because absolute times wander
 by a factor of two on a shared machine; ratios are medians of the rounds' ratios. Without words, all
@@ -28,6 +29,7 @@ from typing import Any
 
 import psutil
 import torch
+from bench_worlds import TwoNetworks, Workers
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
@@ -562,79 +564,118 @@ def first_good_epoch(config: TrainConfig, data_dir: Path) -> tuple[float, float]
     return None
 
 
+EPOCHS = {64: 1, 256: 3, 1024: 6}
+"""Of a measurement, by the images that each of two processes has in a step."""
+
+
 def scaling(results: Results, options: argparse.Namespace, folder: Path) -> None:
-    """One and two processes of one thread, the part of a step that is communication, and what
-    follows for many."""
-    runs = itertools.count()
-
-    def train(size: int, batch: int) -> Measure:
-        def seconds() -> float:
-            name = f"run{next(runs)}"
-            words = [sys.executable, "-P", "-m", "mnist.launch", JOB, "--processes", str(size)]
-            words += ["--threads", "1", "--epochs", "1", "--batch-size", str(batch)]
-            words += ["--evaluate", "none", "--wandb", "disabled", "--validation-size", "0"]
-            words += ["--run-name", name, "--runs-dir", str(folder), "--data-dir"]
-            subprocess.run([*words, str(options.data_dir)], check=True, capture_output=True)
-            return float(read_metrics(folder / name / "metrics.jsonl")[-1]["seconds"])
-
-        return seconds
-
-    def communicate() -> float:
-        """Seconds of as many all-reduces as an epoch has steps, in a world of two."""
-        words = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
-        done = subprocess.run(
-            [sys.executable, "-m", *words, "--communicate"],
-            check=True,
-            capture_output=True,
-            text=True,
+    """One process of two threads against two of one, at the same global batch; and against
+    Accelerate's DistributedDataParallel."""
+    native = connect(TrainConfig()).precision_name
+    precisions = list(dict.fromkeys(("fp32", native)))
+    with ExitStack() as stack:
+        one, two, ddp = (
+            stack.enter_context(Workers(kind, size, 2 // size, native))
+            for kind, size in (("ours", 1), ("ours", 2), ("ddp", 2))
         )
-        return float(done.stdout)
+        for images, epochs in EPOCHS.items():
+            order = {"batch_size": 2 * images, "epochs": epochs, "data_dir": str(options.data_dir)}
+            part = f"{images} images of each of two"
+            measures: dict[str, Measure] = {}
+            for name in precisions:
+                for world, said in ((one, "1 process, 2 threads"), (two, "2 processes")):
+                    own = {"folder": str(folder), "precision": name}
+                    measures[f"{said}, {name}"] = world.measure(**order, **own)
+            measures[f"DDP, 2 processes, {native}"] = ddp.measure(**order)
+            results.interleave(part, measures, options.rounds)
+            results.table(part, dict.fromkeys(measures, epochs * IMAGES))
+            for name in precisions:
+                ratio = results.ratio(part, f"1 process, 2 threads, {name}", f"2 processes, {name}")
+                print(f"  {name}: two processes are {ratio:.2f} times as fast as one")
+            ratio = results.ratio(part, f"DDP, 2 processes, {native}", f"2 processes, {native}")
+            print(f"  {native}: {ratio:.2f} times as fast as Accelerate's DDP")
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    precision = connect(TrainConfig(threads=1)).precision
-    alone = World(threads=1, precision=precision)
-    locals_ = (64, 1024)
-    measures = {
-        "1 process, batch 64": train(1, 64),
-        "2 processes, batch 64 (32 each)": train(2, 64),
-        "2 processes, batch 128 (64 each)": train(2, 128),
-        f"{STEPS} all-reduces of 2 processes": communicate,
-        **{f"100 bare steps, batch {n}": bare_steps(alone, n, 100) for n in locals_},
+
+RATES = {"10 Gbit/s": "10gbit", "1 Gbit/s": "1gbit"}
+LATENCY = 30e-6  # seconds of a message between real machines, besides what is measured here
+
+
+def network(results: Results, options: argparse.Namespace, folder: Path) -> None:
+    """Two processes with a network between them, against Accelerate's DistributedDataParallel; and
+    what follows from the parts for many machines."""
+    try:
+        networks = TwoNetworks()
+    except RuntimeError as error:
+        print(f"\nnetwork: skipped, as it takes root: {error}")
+        return
+    native = connect(TrainConfig(threads=1))
+    name = native.precision_name
+    with networks, ExitStack() as stack:
+        alone = stack.enter_context(Workers("ours", 1, 1, name))
+        ours, ddp = (
+            stack.enter_context(Workers(kind, 2, 1, name, networks.places, networks.address))
+            for kind in ("ours", "ddp")
+        )
+        for rate, words in RATES.items():
+            networks.set_rate(words)
+            for images in EPOCHS:
+                order = {"data_dir": str(options.data_dir)}
+                own = order | {"folder": str(folder)}
+                part = f"{images} images each, {rate}, {name}"
+                one, two, other = "1 process of half the batch", "2 processes", "DDP, 2 processes"
+                measures = {
+                    one: alone.measure(**own, batch_size=images),
+                    two: ours.measure(**own, batch_size=2 * images),
+                    other: ddp.measure(**order, batch_size=2 * images),
+                }
+                results.interleave(part, measures, options.rounds)
+                results.table(part, dict.fromkeys(measures, IMAGES))
+                faster = results.ratio(part, one, two)
+                against = results.ratio(part, other, two)
+                print(
+                    f"  two are {faster:.2f} times as fast as one alone, and {against:.2f} times "
+                    "as fast as DDP"
+                )
+            numbers = sum(p.numel() for p in MLP(TrainConfig().hidden_sizes).parameters())
+            few, all_ = {"exchanges": 1000, "numbers": 16}, {"exchanges": 50, "numbers": numbers}
+            part = f"exchanges, {rate}"
+            exchanges = {
+                "1,000 of 16 numbers": ours.measure(**few),
+                "CPU time of as many, 50 at once": ours.measure(
+                    exchanges=20, numbers=16, at_once=50, cpu=True
+                ),
+                "50 of the gradient": ours.measure(**all_),
+            }
+            results.interleave(part, exchanges, options.rounds)
+            results.table(part, {})
+            predict(results, rate, name)
+
+
+def predict(results: Results, rate: str, precision: str) -> None:
+    """Weak scaling, from what was measured: a step's computation, the time and the CPU time of a
+    small message and the time of a gradient; a process per machine, nothing overlapped."""
+    seconds = {
+        name: statistics.median(values)
+        for name, values in results.seconds[f"exchanges, {rate}"].items()
     }
-    results.interleave("scaling", measures, max(1, options.rounds // 2))
-    torch.set_num_threads(threads)
-    results.table("scaling", dict.fromkeys(list(measures)[:3], IMAGES))
-    strong = results.ratio("scaling", "1 process, batch 64", "2 processes, batch 64 (32 each)")
-    weak = results.ratio("scaling", "1 process, batch 64", "2 processes, batch 128 (64 each)")
-    share = results.ratio(
-        "scaling", f"{STEPS} all-reduces of 2 processes", "2 processes, batch 64 (32 each)"
-    )
-    print(
-        f"  two processes are {strong:.2f} times as fast at a global batch of 64, of which "
-        f"communication takes {share:.0%}, and {weak:.2f} times at 64 images each"
-    )
-    predict(results, locals_)
-
-
-def predict(results: Results, locals_: tuple[int, ...]) -> None:
-    """Weak scaling over a network, by the usual model of a ring all-reduce (Patarasuk, Yuan 2009).
-
-    Assumes a process per machine, 10 Gbit/s (1.25 GB/s) and 30 us a message, no overlap of the
-    communication with anything, and machines as fast as this one.
-    """
-    message = 4 * (sum(p.numel() for p in MLP(TrainConfig().hidden_sizes).parameters()) + 3)
-    head = "predicted efficiency, 10 Gbit/s, 30 us a message"
-    print(f"\n{head:62}" + "  ".join(f"{n:6}" for n in locals_) + "  images each")
-    predicted = results.more["predicted efficiency"] = {}
-    for size in (8, 16, 64, 256, 1024):
-        ring = 2 * (size - 1) * (30e-6 + message / size / 1.25e9)
+    message = seconds["1,000 of 16 numbers"] / 1000
+    cpu = seconds["CPU time of as many, 50 at once"] / 1000
+    gradient = seconds["50 of the gradient"] / 50 - message
+    head = f"predicted efficiency, {rate}, {1e6 * LATENCY:.0f} us more a message"
+    print(f"\n{head:58}" + "".join(f"{images:>7,}" for images in EPOCHS) + "  images each")
+    predicted = results.more.setdefault("predicted efficiency", {})[rate] = {}
+    for size in (2, 8, 16, 64, 256, 1024):
+        # Two processes exchange all; of more each sends n - 1 shares, twice.
+        turns, sent = (1, 1.0) if size == 2 else (2, 2 * (size - 1) / size)
+        each = turns * (message + LATENCY + (size - 2) * cpu) + sent * gradient
         row = predicted[size] = {}
-        for local in locals_:
-            step = statistics.median(results.seconds["scaling"][f"100 bare steps, batch {local}"])
-            row[local] = step / 100 / (step / 100 + ring)
-        shown = "  ".join(f"{row[local]:6.0%}" for local in locals_)
-        print(f"{f'  {size:5} processes':62}{shown}")
+        for images in EPOCHS:
+            part = results.seconds[f"{images} images each, {rate}, {precision}"]
+            epoch = statistics.median(part["1 process of half the batch"])
+            step = epoch / -(-IMAGES // images)
+            row[images] = step / (step + each)
+        shown = "".join(f"{row[images]:7.0%}" for images in EPOCHS)
+        print(f"{f'  {size:5,} machines':58}{shown}")
 
 
 NEIGHBOURS = {
@@ -718,40 +759,22 @@ def neighbour(results: Results, options: argparse.Namespace, folder: Path) -> No
     print(f"  two runs at once take {ratio:.2f} times as long as one by one")
 
 
-def communicate() -> None:
-    """One of two processes: rank 0 prints the seconds of an epoch's all-reduces."""
-    world = connect(TrainConfig(threads=1, expect_world_size=2))
-    learner = Learner(MLP(TrainConfig().hidden_sizes).initialise(0), TrainConfig(), world)
-    for turn in range(2):  # the first warms up
-        world.meet()
-        started = time.perf_counter()
-        for _ in range(STEPS):
-            world.all_reduce(learner.reduced)
-        if turn and world.is_main:
-            print(time.perf_counter() - started, flush=True)
-    world.meet()
-    os._exit(0)
-
-
 PARTS = {
     part.__name__: part for part in (training, distortion, scoring, processes, accuracy, scaling)
 }
-ALL = {**PARTS, "neighbour": neighbour}
+ALL = {**PARTS, "neighbour": neighbour, "network": network}
 
 
 def main() -> None:
     """Measure, and print the tables; --json FILE keeps every measurement."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "parts", nargs="*", metavar="PART", help=f"{', '.join(ALL)}; default: all but the last"
+        "parts", nargs="*", metavar="PART", help=f"{', '.join(ALL)}; default: all but the last two"
     )
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each kind")
     parser.add_argument("--data-dir", type=Path, default=TrainConfig().data_dir)
     parser.add_argument("--json", type=Path, help="file for all measurements")
-    parser.add_argument("--communicate", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.communicate:
-        communicate()
     if unknown := set(options.parts) - set(ALL):
         parser.error(f"unknown part {', '.join(sorted(unknown))}: takes {', '.join(ALL)}")
     if options.rounds < 1:

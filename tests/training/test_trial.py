@@ -45,19 +45,23 @@ class Clock:
 
 
 @pytest.mark.parametrize(
-    ("torch_ms", "onednn_ms", "precision", "expected"),
+    ("torch_ms", "onednn_ms", "precision", "threads", "expected"),
     [
-        (2, 1, torch.float32, "onednn"),
-        (1, 2, torch.float32, "torch"),
-        (1.05, 1, torch.float32, "torch"),  # a near-tie
-        (1, 1.05, torch.bfloat16, "onednn"),
-        (1, 1.4, torch.bfloat16, "onednn"),
-        (1, 1.6, torch.bfloat16, "torch"),
+        (2, 1, torch.float32, 1, "onednn"),
+        (1, 2, torch.float32, 1, "torch"),
+        (1.05, 1, torch.float32, 1, "torch"),  # a near-tie
+        (1.05, 1, torch.float32, 2, "torch"),
+        (1, 1.05, torch.bfloat16, 1, "onednn"),
+        (1, 1.4, torch.bfloat16, 2, "onednn"),
+        (1, 1.6, torch.bfloat16, 2, "torch"),
+        (1, 1.4, torch.bfloat16, 1, "torch"),  # whose bits depend on threads, and there is one
     ],
 )
 def test_the_faster_are_taken_and_of_near_ties_always_the_same(
-    monkeypatch, torch_ms, onednn_ms, precision, expected
+    monkeypatch, torch_ms, onednn_ms, precision, threads, expected
 ):
+    monkeypatch.setattr(trial.torch, "get_num_threads", lambda: threads)
+
     def milliseconds(usual):
         # The first makes its kernels; now and then something else has the core.
         return lambda step: (300 if step < 2 else 50 if step % 5 == 0 else usual) / 1000
