@@ -5,8 +5,8 @@ There are no training images but the first 14,000: validation, on those that a r
 on, is short. Reads a JSON list of [world size, job, options]. Jobs are "train", where the run ends
 with its final model; "interrupt", where rank 1 is asked to stop at step 100; both "over a network",
 as if each process were on a machine of its own, or "in float64", where each rank saves its weights
-as well; "evaluate", with a list of the options of each evaluation; "sums", with a list of what to
-compare (test_allreduce.py).
+as well; "evaluate", with a list of the options of each evaluation; what begins with "reducers" is
+test_allreduce.py's.
 """
 
 import json
@@ -17,6 +17,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -62,6 +63,12 @@ def work(job: str, options: list) -> None:
     if job == "evaluate":
         for one in options:
             evaluate(parse_evaluate_config(one))
+        return
+    if job.startswith("reducers"):
+        sys.path.append(str(Path(__file__).parent / "training"))
+        from test_allreduce import work_of_one
+
+        work_of_one(job, *options)
         return
     if "in float64" in job:
         torch.set_default_dtype(torch.float64)

@@ -38,6 +38,10 @@ from mnist.training.distortion import Distortion
 from mnist.training.loop import Sample, fit
 from mnist.training.trial import faster_products
 
+_FEW_IMAGES = (
+    64  # of a process in a step: below, what it sends and waits for costs more than it saves
+)
+
 
 def train(config: TrainConfig, painter: Painter | None, mirror: NoMirror) -> None:
     """Do the whole job: data, training, files, evaluation, summary.
@@ -67,6 +71,7 @@ def train(config: TrainConfig, painter: Painter | None, mirror: NoMirror) -> Non
                 print(f"{folder} is complete")
         else:
             config = dataclasses.replace(config, products=start.products or "auto")
+            hint_at_few_images(config, world)
             mirror.begin(folder)
             model = fit(config, world, start, stop, mirror)
             if world.is_main:
@@ -80,6 +85,16 @@ def train(config: TrainConfig, painter: Painter | None, mirror: NoMirror) -> Non
             if start.complete:
                 send_missing(mirror, folder)
             mirror.close()
+
+
+def hint_at_few_images(config: TrainConfig, world: World) -> None:
+    """Say it where more processes make a run slower."""
+    each = -(-config.batch_size // world.size)
+    if world.is_main and world.size > 1 and each < _FEW_IMAGES:
+        warn(
+            f"--batch-size {config.batch_size} leaves each of {world.size} processes {each} images "
+            "a step: fewer processes or a larger --batch-size would be faster"
+        )
 
 
 def run_settings(config: TrainConfig) -> RunSettings:
