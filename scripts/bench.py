@@ -65,6 +65,16 @@ Measure = Callable[[], float]
 """Does something once and returns the seconds it took."""
 
 
+DEVICE = torch.device("cpu")  # what is measured on: main sets it
+
+
+def now() -> float:
+    """Seconds, when all that was asked of the device is done."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def show(progress: str) -> None:
     """On a terminal, in place of what was shown before."""
     if sys.stderr.isatty():
@@ -128,17 +138,17 @@ class UsualLoop:
             nn.Flatten(),
             *(nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 256), nn.ReLU()),
             *(nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10)),
-        )
+        ).to(DEVICE)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
         self.criterion = nn.CrossEntropyLoss()
         self.training, self.test = loader(data_dir, train=True), loader(data_dir, train=False)
 
     def epoch(self, steps: int | None = None) -> float:
         """Train on everything once, or for so many steps."""
-        started = time.perf_counter()
+        started = now()
         for images, labels in itertools.islice(self.training, steps):
-            self.step(images, labels)
-        return time.perf_counter() - started
+            self.step(images.to(DEVICE), labels.to(DEVICE))
+        return now() - started
 
     def step(self, images: torch.Tensor, labels: torch.Tensor) -> None:
         """Learn from one batch."""
@@ -150,29 +160,31 @@ class UsualLoop:
     def bare_steps(self, autocast: bool) -> Measure:
         """A slice of steps on one batch, with a rate of 0 (see ``bare_steps``)."""
         images, labels = torch.randn(BATCH, 1, 28, 28), torch.randint(0, 10, (BATCH,))
+        images, labels = images.to(DEVICE), labels.to(DEVICE)
         loop = UsualLoop.__new__(UsualLoop)
         loop.model, loop.criterion = self.model, self.criterion
         loop.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.0, momentum=0.9)
 
         def seconds() -> float:
-            started = time.perf_counter()
+            started = now()
             for _ in range(SLICE):
-                with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):
                     loop.step(images, labels)
-            return time.perf_counter() - started
+            return now() - started
 
         return seconds
 
     @torch.no_grad()
     def score(self) -> float:
         """Loss and accuracy over the test images; ``self.accuracy`` is the latter."""
-        started, loss, correct = time.perf_counter(), 0.0, 0
+        started, loss, correct = now(), 0.0, 0
         for images, labels in self.test:
+            images, labels = images.to(DEVICE), labels.to(DEVICE)
             logits = self.model(images)
             loss += nn.functional.cross_entropy(logits, labels, reduction="sum").item()
             correct += (logits.argmax(1) == labels).sum().item()
         self.accuracy = correct / TEST_IMAGES
-        return time.perf_counter() - started
+        return now() - started
 
 
 # ---------------------------------------------------------------------------------- what we do
@@ -203,10 +215,10 @@ class InTurn(StopRequest):
     def requested(self) -> bool:  # type: ignore[override]
         if self.steps % SLICE == 0:
             if self.steps:
-                self.seconds["ours, in its epoch"] += time.perf_counter() - self.since
+                self.seconds["ours, in its epoch"] += now() - self.since
                 for name, measure in self.others.items():
                     self.seconds[name] += measure()
-            self.since = time.perf_counter()
+            self.since = now()
         self.steps += 1
         return False
 
@@ -219,14 +231,14 @@ def bare_steps(world: World, batch: int = BATCH, steps: int = SLICE) -> Measure:
     config = TrainConfig(batch_size=batch)
     kind = faster_products(config, world)
     learner = Learner(MLP(config.hidden_sizes).initialise(0), config, world, kind)
-    images = torch.randn(batch, 784).to(learner.input_dtype)
-    labels = torch.randint(0, 10, (batch,))
+    images = torch.randn(batch, 784).to(world.device, learner.input_dtype)
+    labels = torch.randint(0, 10, (batch,)).to(world.device)
 
     def seconds() -> float:
-        started = time.perf_counter()
+        started = now()
         for _ in range(steps):
             learner.step(images, labels, batch, 0.0)
-        return time.perf_counter() - started
+        return now() - started
 
     return seconds
 
@@ -235,9 +247,9 @@ def bare_products(dtype: torch.dtype, batch: int, times: int, train: bool) -> Me
     """The matrix products alone, each made in the fastest of the ways that there are."""
     widths = (784, *TrainConfig().hidden_sizes, 10)
     pairs = list(itertools.pairwise(widths))
-    weights = [torch.randn(outputs, inputs) for inputs, outputs in pairs]
-    inputs = [torch.randn(batch, width) for width in widths[:-1]]
-    deltas = [torch.randn(batch, width) for width in widths[1:]]
+    weights = [torch.randn(outputs, inputs, device=DEVICE) for inputs, outputs in pairs]
+    inputs = [torch.randn(batch, width, device=DEVICE) for width in widths[:-1]]
+    deltas = [torch.randn(batch, width, device=DEVICE) for width in widths[1:]]
     operands = [(x, w.t()) for x, w in zip(inputs, weights, strict=True)]
     if train:
         operands += list(zip(deltas[1:], weights[1:], strict=True))
@@ -245,31 +257,31 @@ def bare_products(dtype: torch.dtype, batch: int, times: int, train: bool) -> Me
 
     def fastest(a: torch.Tensor, b: torch.Tensor) -> Callable[[], torch.Tensor]:
         ways: list[Callable[[], torch.Tensor]] = []
-        out = torch.empty(len(a), b.shape[1])
+        out = torch.empty(len(a), b.shape[1], device=DEVICE)
+        is_cpu = DEVICE.type == "cpu"
         for kind in {torch.float32, dtype}:
             a_, b_, out_ = a.to(kind), b.to(kind), out.to(kind)
-            ways += [
-                partial(product, a_, b_, None, out_) for product in (torch_product, onednn_product)
-            ]
-        if dtype == torch.bfloat16 and onednn_rounds():
+            products = (torch_product, onednn_product) if is_cpu else (torch_product,)
+            ways += [partial(product, a_, b_, None, out_) for product in products]
+        if is_cpu and dtype == torch.bfloat16 and onednn_rounds():
             ways.append(partial(rounding_product, a, b, None, out))
         times: list[list[float]] = [[] for _ in ways]
         for _ in range(50):
             for way, spent in zip(ways, times, strict=True):
-                started = time.perf_counter()
+                started = now()
                 way()
-                spent.append(time.perf_counter() - started)
+                spent.append(now() - started)
         medians = list(map(statistics.median, times))
         return ways[medians.index(min(medians))]
 
     multiply = [fastest(a, b) for a, b in operands]
 
     def seconds() -> float:
-        started = time.perf_counter()
+        started = now()
         for _ in range(times):
             for each in multiply:
                 each()
-        return time.perf_counter() - started
+        return now() - started
 
     return seconds
 
@@ -277,14 +289,14 @@ def bare_products(dtype: torch.dtype, batch: int, times: int, train: bool) -> Me
 def our_distortion(data_dir: Path, world: World, config: TrainConfig, count: int) -> Measure:
     """Distort ``count`` images of the training set, batch by batch."""
     size = config.batch_size
-    images = normalise(load_mnist(data_dir, "train").images[:count], world.precision)
+    images = normalise(load_mnist(data_dir, "train").images[:count].to(DEVICE), world.precision)
     distort = Distortion(config, world.device)
 
     def seconds() -> float:
-        started = time.perf_counter()
+        started = now()
         for step, batch in enumerate(images.split(size)):
             distort(batch, step, len(batch), slice(0, len(batch)))
-        return time.perf_counter() - started
+        return now() - started
 
     return seconds
 
@@ -320,7 +332,7 @@ def usual_distortion(data_dir: Path, config: TrainConfig, count: int) -> Measure
 def our_scoring(data_dir: Path, world: World, part: Path | None) -> Measure:
     """The evaluator's loop over the test images, with or without predictions.csv."""
     inputs = open_mnist(data_dir, "test", 0, 0)
-    model = MLP(TrainConfig().hidden_sizes)
+    model = MLP(TrainConfig().hidden_sizes).to(DEVICE)
     return lambda: score(model, inputs, world, EvaluateConfig().batch_size, part).seconds
 
 
@@ -763,6 +775,22 @@ PARTS = {
     part.__name__: part for part in (training, distortion, scoring, processes, accuracy, scaling)
 }
 ALL = {**PARTS, "neighbour": neighbour, "network": network}
+OF_CPUS = {"scaling", "neighbour", "network"}
+
+
+def settle_device(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Measure on what was asked for, in this process and in those that it starts."""
+    global DEVICE
+    DEVICE = torch.device(options.device)
+    if options.device == "cpu":
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+        return
+    os.environ.pop("ACCELERATE_USE_CPU", None)
+    if not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no CUDA GPU here")
+    if unfit := set(options.parts) & OF_CPUS:
+        parser.error(f"--device cuda: {', '.join(sorted(unfit))} measures CPUs")
+    options.parts = options.parts or [part for part in PARTS if part not in OF_CPUS]
 
 
 def main() -> None:
@@ -772,11 +800,13 @@ def main() -> None:
         "parts", nargs="*", metavar="PART", help=f"{', '.join(ALL)}; default: all but the last two"
     )
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each kind")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="to measure on")
     parser.add_argument("--data-dir", type=Path, default=TrainConfig().data_dir)
     parser.add_argument("--json", type=Path, help="file for all measurements")
     options = parser.parse_args()
     if unknown := set(options.parts) - set(ALL):
         parser.error(f"unknown part {', '.join(sorted(unknown))}: takes {', '.join(ALL)}")
+    settle_device(parser, options)
     if options.rounds < 1:
         parser.error("--rounds takes 1 or more")
     options.data_dir = options.data_dir.resolve()
