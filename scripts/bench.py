@@ -576,7 +576,7 @@ def first_good_epoch(config: TrainConfig, data_dir: Path) -> tuple[float, float]
     return None
 
 
-EPOCHS = {64: 1, 256: 3, 1024: 6}
+EPOCHS = {64: 1, 256: 2, 1024: 3}
 """Of a measurement, by the images that each of two processes has in a step."""
 
 

@@ -11,6 +11,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -58,18 +59,19 @@ class Workers:
             "OMP_NUM_THREADS": str(threads),
             "ACCELERATE_USE_CPU": "true",
         }
-        local = {"LOCAL_WORLD_SIZE": str(size)} if places is None else {"LOCAL_WORLD_SIZE": "1"}
+        self._said = tempfile.TemporaryFile()
         self._processes: list[subprocess.Popen[str]] = []
         for rank in range(size):
             words, more = places[rank] if places else ([], {})
-            local_rank = {"LOCAL_RANK": str(rank if places is None else 0)}
+            local_rank, local_size = (0, 1) if places else (rank, size)
+            own = {"RANK": rank, "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": local_size}
             self._processes.append(
                 subprocess.Popen(
                     [*words, sys.executable, __file__, kind, precision],
-                    env=shared | local | local_rank | more | {"RANK": str(rank)},
+                    env=shared | {name: str(value) for name, value in own.items()} | more,
                     stdin=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
                     stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
-                    stderr=None if os.environ.get("BENCH_WORLDS_ERRORS") else subprocess.DEVNULL,
+                    stderr=self._said,
                     text=True,
                 )
             )
@@ -83,7 +85,8 @@ class Workers:
             print(json.dumps(order), file=first.stdin, flush=True)
             line = first.stdout.readline()
             if not line:
-                raise RuntimeError("a process of the bench has ended: see BENCH_WORLDS_ERRORS=1")
+                self._said.seek(0)
+                raise RuntimeError(f"a process has ended:\n{self._said.read().decode()}")
             return float(line)
 
         return seconds
@@ -96,6 +99,7 @@ class Workers:
             process.kill()
         for process in self._processes:
             process.wait()
+        self._said.close()
 
 
 def _free_port() -> int:

@@ -104,13 +104,17 @@ class AllReduce:
 
 def _to_send(message: Tensor, world: World) -> Tensor:
     """What of a message travels: itself, or it in half precision."""
-    is_half = world.precision.itemsize < message.dtype.itemsize and world.precision.itemsize == 2
+    is_half = world.precision.itemsize == 2
     return torch.empty_like(message, dtype=world.precision) if is_half else message
 
 
 class SharedMemory:
     """On one machine: each process adds up a part of all gradients where they were computed, and
-    updates this part of the weights for all."""
+    updates this part of the weights for all.
+
+    What all see is changed between the two waits of a step alone, when each of them is in it. What
+    they write before, from the same settings or the same checkpoint, is the same.
+    """
 
     def __init__(self, world: World, model: MLP, neighbours: Neighbours) -> None:
         sizes, dtype = sizes_of_layers(model), next(model.parameters()).dtype

@@ -17,7 +17,7 @@ from mnist.distributed import World
 from mnist.model import load_model
 from mnist.runs.metrics import read_metrics
 from mnist.training.config import TrainConfig
-from mnist.training.job import open_run
+from mnist.training.job import hint_at_few_images, open_run
 from mnist.training.loop import Plan, fit, schedule
 
 WORLD = World(threads=1)
@@ -261,3 +261,15 @@ def test_folder_that_cannot_be_made_is_named(tmp_path, data_dir):
 
 def test_model_of_a_run_is_loadable(worlds):
     assert load_model(worlds / "tiny-1" / "model.safetensors").hidden_sizes == (9, 8, 7, 6)
+
+
+def test_processes_with_few_images_are_said_to_be_slower(capsys):
+    for size, rank, batch_size, expected in (
+        (1, 0, 64, ""),
+        (2, 0, 128, ""),
+        (2, 1, 64, ""),
+        (3, 0, 188, "--batch-size 188 leaves each of 3 processes 63 images a step"),
+    ):
+        hint_at_few_images(TrainConfig(batch_size=batch_size), World(size=size, rank=rank))
+        said = capsys.readouterr().err
+        assert expected in said and bool(expected) == bool(said)

@@ -162,6 +162,21 @@ def test_checkpoints_at_steps_and_epochs_and_the_newest_two_stay(tmp_path, data_
     assert state["settings"]["checkpoint_every"] == 7
 
 
+@pytest.mark.parametrize(("exact", "processes"), [(True, 2), (True, 1), (False, 2)])
+def test_run_begun_with_exact_sums_goes_on_and_says_what_is_no_more(
+    tmp_path, data_dir, capsys, exact, processes
+):
+    settings = config(tmp_path, data_dir)
+    interrupt(settings, 5)
+    recorded = to_yaml(settings) | {"exact_sums": exact}
+    (settings.run_folder / "config.yaml").write_text(yaml.safe_dump(recorded))
+    capsys.readouterr()
+    with ExitStack() as stack:
+        assert open_run(settings, World(size=processes), stack).step == 5
+    said = "was begun with --exact-sums, which is no more: results can differ in the last bits"
+    assert (said in capsys.readouterr().err) == (exact and processes > 1)
+
+
 def test_model_of_a_checkpoint_is_a_model_file(tmp_path, data_dir):
     settings = config(tmp_path, data_dir)
     expected = train(settings)
