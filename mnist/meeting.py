@@ -38,6 +38,8 @@ def contact() -> Iterator[None]:
     """Turn what a collective raises into one line."""
     try:
         yield
+    except WorldError:
+        raise
     except (RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise WorldError(

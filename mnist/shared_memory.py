@@ -13,6 +13,8 @@ from typing import Any
 
 _LOOKS = 100  # at a socket, of a microsecond each, before a process lets its core go
 _TOKEN = b"."
+_BACKLOG = 128  # calls that wait for an answer, others' too
+_SECONDS_TO_ANSWER = 5.0  # of a process that has called already, or listens
 _CREDENTIALS = struct.Struct("iII")  # of a process: its number, its user, its group
 _TIME = struct.Struct("ll")  # seconds and microseconds
 
@@ -47,16 +49,13 @@ class Neighbours:
             OSError: another is gone, or there is no memory.
         """
         told, heard = self._rounds[0]  # the next rank, and the one before
-        if self._rank == 0:
-            memory = os.memfd_create("gradients")
-            os.ftruncate(memory, size)
-        else:
-            _, (memory, *_), *_ = socket.recv_fds(heard, 1, 1)
+        memory = os.memfd_create("gradients") if self._rank == 0 else _receive_file(heard)
         try:
+            if self._rank == 0:
+                os.ftruncate(memory, size)
             socket.send_fds(told, [_TOKEN], [memory])
-            if self._rank == 0:  # its own comes back
-                _, (again, *_), *_ = socket.recv_fds(heard, 1, 1)
-                os.close(again)
+            if self._rank == 0:
+                os.close(_receive_file(heard))  # its own comes back
             return mmap.mmap(memory, size)
         finally:
             os.close(memory)
@@ -78,10 +77,17 @@ def _receive(heard: socket.socket) -> None:
         raise ConnectionResetError("connection closed by peer")
 
 
+def _receive_file(heard: socket.socket) -> int:
+    _, files, *_ = socket.recv_fds(heard, 1, 1)
+    if not files:
+        raise ConnectionResetError("connection closed by peer")
+    return files[0]
+
+
 def meet_neighbours(
     rank: int, size: int, timeout: int, from_all: Callable[[Callable[[], Any]], list[Any]]
 ) -> Neighbours | None:
-    """Those of a world of several, or None if they are not all on this machine, or it is no Linux.
+    """Those of a world of several, or None if they are not all here, of one user, on a Linux.
 
     Names of sockets without a file are the machine's (a network namespace's) own. All processes do
     this together.
@@ -94,33 +100,48 @@ def meet_neighbours(
     """
     known = hasattr(os, "memfd_create") and hasattr(socket, "SO_PEERCRED")
     distances = [1 << power for power in range((size - 1).bit_length())]
+    told: list[socket.socket] = []
+    heard: dict[int, socket.socket] = {}
     with socket.socket(socket.AF_UNIX) as listener:
         if known:
             listener.bind(b"\0mnist-" + os.urandom(16).hex().encode())
-            listener.listen(len(distances))
+            listener.listen(_BACKLOG)
         names = from_all(lambda: listener.getsockname() if known else None)
-        told = [socket.socket(socket.AF_UNIX) for _ in distances]
-        met = None not in names
-        if met:
+
+        def call() -> bool:
+            """Whether all that this one is to tell are here."""
             try:
-                for connection, distance in zip(told, distances, strict=True):
-                    connection.connect(names[(rank + distance) % size])
-                    connection.send(struct.pack("i", distance))
+                for distance in distances:
+                    told.append(socket.socket(socket.AF_UNIX))
+                    told[-1].settimeout(_SECONDS_TO_ANSWER)
+                    told[-1].connect(names[(rank + distance) % size])
+                    told[-1].send(struct.pack("i", distance))
+                    told[-1].settimeout(None)
             except OSError:
-                met = False
-        heard: dict[int, socket.socket] = {}
-        if all(from_all(lambda: met)):
-            listener.settimeout(timeout)
-            while len(heard) < len(distances):
-                connection, _ = listener.accept()
-                if _is_own(connection):
+                return False
+            return True
+
+        def answer() -> bool:
+            """Whether all that this one is to hear are processes of this user."""
+            listener.settimeout(_SECONDS_TO_ANSWER)
+            try:
+                while len(heard) < len(distances):
+                    connection, _ = listener.accept()
+                    if not _is_own(connection):
+                        connection.close()
+                        continue
                     # Python's own timeout would ask before it looks.
-                    limit = _TIME.pack(int(timeout), 0)
+                    limit = _TIME.pack(timeout, 0)
                     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
                     (distance,) = struct.unpack("i", connection.recv(4))
                     heard[distance] = connection
+            except (OSError, struct.error):
+                return False
+            return True
+
+        if None not in names and all(from_all(call)) and all(from_all(answer)):
             return Neighbours(rank, told, [heard[distance] for distance in distances])
-    for connection in told:
+    for connection in (*told, *heard.values()):
         connection.close()
     return None
 
@@ -128,4 +149,4 @@ def meet_neighbours(
 def _is_own(connection: socket.socket) -> bool:
     """Whether a process of this user is at the other end: anyone on the machine may call."""
     told = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    return bool(_CREDENTIALS.unpack(told)[1] == os.getuid())
+    return bool(_CREDENTIALS.unpack(told)[1] == os.geteuid())

@@ -22,7 +22,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
-from mnist.data import load_mnist, normalise
+from mnist.data import load_mnist, normalise, rank_slice
 from mnist.distributed import PRECISIONS, World, connect
 from mnist.model import MLP
 from mnist.runs.metrics import read_metrics
@@ -59,7 +59,7 @@ class Workers:
             "OMP_NUM_THREADS": str(threads),
             "ACCELERATE_USE_CPU": "true",
         }
-        self._said = tempfile.TemporaryFile()
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115  # closed in __exit__
         self._processes: list[subprocess.Popen[str]] = []
         for rank in range(size):
             words, more = places[rank] if places else ([], {})
@@ -240,7 +240,7 @@ def ddp(precision: str) -> None:
     plain = nn.Sequential(*_with_relus(MLP(TrainConfig().hidden_sizes)))
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.01, momentum=0.9)
     model, optimizer = accelerator.prepare(plain, optimizer)
-    images, labels = torch.empty(0), torch.empty(0)
+    images, labels, rank = torch.empty(0), torch.empty(0), accelerator.process_index
     while True:
         orders = [_read() if accelerator.is_main_process else None]
         (order,) = broadcast_object_list(orders)
@@ -249,14 +249,13 @@ def ddp(precision: str) -> None:
         if not len(images):
             digits = load_mnist(Path(order["data_dir"]), "train")
             images, labels = normalise(digits.images, torch.float32), digits.labels
-        each = order["batch_size"] // accelerator.num_processes
         generator = torch.Generator().manual_seed(0)
         accelerator.wait_for_everyone()
         started = time.perf_counter()
         for _ in range(order.get("epochs", 1)):
             rows = torch.randperm(len(labels), generator=generator)
             for batch in rows.split(order["batch_size"]):
-                own = batch[each * accelerator.process_index :][:each]
+                own = batch[rank_slice(len(batch), rank, accelerator.num_processes)]
                 loss = nn.functional.cross_entropy(model(images[own]), labels[own])
                 accelerator.backward(loss)
                 optimizer.step()

@@ -62,7 +62,7 @@ def train(monkeypatch, data_dir, tmp_path):
                 "precision": precision,
                 "validation_size": 1000,
                 "epochs": 3,
-                "checkpoint_every": 16,
+                "checkpoint_every": 10,
                 "runs_dir": tmp_path,
                 "data_dir": data_dir,
                 "run_name": name,

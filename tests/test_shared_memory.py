@@ -107,9 +107,47 @@ def test_processes_of_several_machines_have_no_memory_in_common():
         assert meet_neighbours(0, 2, 1, from_all) is None
 
 
-def test_other_users_are_not_let_in(monkeypatch):
+def test_strangers_are_not_let_in(monkeypatch):
     ours, theirs = socket.socketpair()
     with ours, theirs:
         assert shared_memory._is_own(ours)
-        monkeypatch.setattr(os, "getuid", lambda: 12345)
+        monkeypatch.setattr(os, "geteuid", lambda: 12345)
         assert not shared_memory._is_own(ours)
+
+
+def test_a_stranger_who_calls_first_does_not_keep_processes_apart(monkeypatch):
+    strangers, is_own = [], shared_memory._is_own
+
+    class Listener(socket.socket):
+        def listen(self, backlog):
+            super().listen(backlog)
+            stranger = socket.socket(socket.AF_UNIX)
+            stranger.connect(self.getsockname())
+            strangers.append(stranger)
+
+    seen = set()
+
+    def first_is_strange(connection):
+        name = connection.getsockname()
+        return bool(name in seen or seen.add(name)) and is_own(connection)
+
+    monkeypatch.setattr(shared_memory.socket, "socket", Listener)
+    monkeypatch.setattr(shared_memory, "_is_own", first_is_strange)
+    assert in_threads(3, lambda rank, neighbours: neighbours.wait()) == [None] * 3
+    assert all(stranger.recv(1) == b"" for stranger in strangers)
+
+
+def test_processes_of_several_users_have_no_memory_in_common(monkeypatch):
+    monkeypatch.setattr(shared_memory, "_SECONDS_TO_ANSWER", 0.2)
+    monkeypatch.setattr(shared_memory, "_is_own", lambda connection: False)
+    assert in_threads(2, lambda rank, neighbours: neighbours) == [None] * 2
+
+
+def test_a_neighbour_that_goes_before_memory_is_shared_is_noticed():
+    def work(rank, neighbours):
+        if rank == 0:
+            neighbours._rounds[0][0].close()
+            return None
+        return neighbours.share(4096)
+
+    assert isinstance(in_threads(2, work)[1], ConnectionError)

@@ -101,7 +101,8 @@ def open_run_folder(
             world = dataclasses.replace(world, precision=PRECISIONS[start.precision])
         products = _products(folder, settings) or faster_products(world)
         start = dataclasses.replace(start, products=products)
-        if start.step and world.size > 1 and recorded_settings(folder).get("exact_sums"):
+        summed = start.precision == "fp32" and world.size > 1 and world.device.type == "cpu"
+        if summed and recorded_settings(folder).get("exact_sums"):
             warn(
                 f"{folder} was begun with --exact-sums, which is no more: results can differ in "
                 "the last bits"

@@ -24,9 +24,9 @@ from mnist.training.config import TrainConfig
 
 # Layers after the last one of this many weights stay in float32, the logits among them: small
 # products gain nothing in half precision (256×128 at batch 64 on a CPU: 64 us in bf16, 36 in fp32),
-# unless the process has many images (at 1,024 this layer in bf16 makes a step 0.9 times as long).
+# unless images are many (at 1,024 this layer in bf16 makes a step 0.9 times as long).
 _HALF_MIN_WEIGHTS = 2**16
-_HALF_MIN_TERMS = 2**24  # weights times images
+_HALF_MIN_TERMS = 2**24  # weights times images, of a global batch: the same for worlds of any size
 
 _SCALE_GROWTH_INTERVAL = 2000  # steps without overflow after which the fp16 loss scale doubles
 
@@ -92,11 +92,10 @@ class Learner:
         kind = products or ("onednn" if config.products == "onednn" else "torch")
         full, large_product, rounds = training_products(kind, world.precision, world.device)
         weights = [layer.weight.numel() for layer in model.layers]
-        images = -(-config.batch_size // world.size)
         large = [
             i
-            for i, count in enumerate(weights)
-            if count >= _HALF_MIN_WEIGHTS or count * images >= _HALF_MIN_TERMS
+            for i, count in enumerate(weights[:-1])
+            if count >= _HALF_MIN_WEIGHTS or count * config.batch_size >= _HALF_MIN_TERMS
         ]
         large_layers = large[-1] + 1 if large and world.precision != torch.float32 else 0
         half_layers = 0 if rounds else large_layers
@@ -221,7 +220,9 @@ class Learner:
         self.model.load_state_dict(weights)
         for name, tensor in self._state().items():
             tensor.copy_(state[name])
-        self._half.copy_(self.parameters[: len(self._half)])
+        # Not of the parameters: where memory is shared, others may still write initial weights.
+        flat = parameters_to_vector([weights[name] for name in self.model.state_dict()])
+        self._half.copy_(state.get("parameters", flat)[: len(self._half)])
         self._unscored.clear()
         self._own_totals.zero_()
 

@@ -37,8 +37,7 @@ def faster_products(config: TrainConfig, world: World) -> Kind:
     # In half precision the bits of oneDNN's depend less on the threads. A run with torch's may have
     # to keep all of them where others want the cores, and be many times slower.
     near_tie = _NEAR_TIE_OF_THREADS if half and threads > 1 else _NEAR_TIE
-    count = max(1, config.batch_size // world.size)
-    config = dataclasses.replace(config, batch_size=count)
+    count = -(-config.batch_size // world.size)
     alone = dataclasses.replace(world, rank=0, size=1, meeting=None)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(count, IMAGE_SHAPE[0] * IMAGE_SHAPE[1], generator=generator)

@@ -113,6 +113,23 @@ def test_half_precision_gradient_is_as_near_the_full_one_as_autocast(precision, 
     assert 0 < error(half.gradient) < 1.2 * error(autocast) < 0.2
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "large_layers"), [(64, 2), (256, 2), (512, 3), (4096, 4), (60_000, 4)]
+)
+def test_more_layers_are_in_half_precision_where_images_are_many_but_never_the_logits(
+    batch_size, large_layers
+):
+    model = MLP((512, 256, 128, 64))
+    for size in (1, 3):  # whatever the number of processes
+        config = TrainConfig(batch_size=batch_size)
+        world = World(size=size, precision=torch.bfloat16)
+        ours = Learner(copy.deepcopy(model), config, world, "torch")
+        expected = sum(
+            p.numel() for layer in model.layers[:large_layers] for p in layer.parameters()
+        )
+        assert len(ours._half) == expected
+
+
 def test_half_precision_learns_through_full_precision_weights():
     # Updates below the resolution of bf16 must add up, not be lost.
     half = learner(MLP(LARGE).initialise(0), torch.bfloat16)
