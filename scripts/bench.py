@@ -5,7 +5,7 @@ network (root, as it lays one).
 
 What is compared is interleaved in rounds, and steps within a round, because absolute times wander
 by a factor of two on a shared machine; ratios are medians of the rounds' ratios. Without words, all
-parts (7 minutes; 16 with --rounds 3 on an older machine).
+parts (some ten minutes).
 """
 
 import argparse
