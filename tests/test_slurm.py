@@ -174,7 +174,7 @@ def test_two_nodes_train_together_and_two_jobs_share_them(cluster, jobs):
         environment = json.loads((runs / name / "environment.json").read_text())
         assert environment["world_size"] == size
         for parameter, weights in load_file(runs / name / "model.safetensors").items():
-            # Rounding, which may move a hidden value across the ReLU; another experiment is far away.
+            # Rounding moves hidden values across the ReLU; another experiment would be far away.
             difference = abs(weights - alone[parameter]).max()
             assert difference < 0.02 * abs(alone[parameter]).max()
 
