@@ -29,7 +29,7 @@ from typing import Any
 
 import psutil
 import torch
-from bench_worlds import TwoNetworks, Workers
+from bench_worlds import TwoNetworks, Workers, usual_network
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
@@ -134,11 +134,7 @@ class UsualLoop:
 
     def __init__(self, data_dir: Path) -> None:
         torch.manual_seed(SEED)
-        self.model = nn.Sequential(
-            nn.Flatten(),
-            *(nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 256), nn.ReLU()),
-            *(nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10)),
-        ).to(DEVICE)
+        self.model = usual_network().to(DEVICE)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
         self.criterion = nn.CrossEntropyLoss()
         self.training, self.test = loader(data_dir, train=True), loader(data_dir, train=False)

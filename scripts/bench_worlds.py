@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,19 @@ from torch import nn
 
 from mnist.data import load_mnist, normalise, rank_slice
 from mnist.distributed import PRECISIONS, World, connect
-from mnist.model import MLP
 from mnist.runs.metrics import read_metrics
 from mnist.training.config import TrainConfig
 from mnist.training.job import open_run
 from mnist.training.loop import fit
+
+
+def usual_network() -> nn.Sequential:
+    """The network as it is usually written."""
+    return nn.Sequential(
+        nn.Flatten(),
+        *(nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 256), nn.ReLU()),
+        *(nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10)),
+    )
 
 
 class Workers:
@@ -237,7 +245,7 @@ def ddp(precision: str) -> None:
     accelerator = Accelerator(cpu=True, mixed_precision=mixed)
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     torch.manual_seed(0)
-    plain = nn.Sequential(*_with_relus(MLP(TrainConfig().hidden_sizes)))
+    plain = usual_network()
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.01, momentum=0.9)
     model, optimizer = accelerator.prepare(plain, optimizer)
     images, labels, rank = torch.empty(0), torch.empty(0), accelerator.process_index
@@ -263,12 +271,6 @@ def ddp(precision: str) -> None:
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             print(time.perf_counter() - started, flush=True)
-
-
-def _with_relus(model: MLP) -> Iterator[nn.Module]:
-    for layer in model.layers[:-1]:
-        yield from (layer, nn.ReLU())
-    yield model.layers[-1]
 
 
 def _read() -> dict[str, Any]:

@@ -47,11 +47,11 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-class AtStep100(StopRequest):
-    """A request that rank 1 alone gets."""
+class StopAt(StopRequest):
+    """Asks to stop at a given step of this start."""
 
-    def __init__(self, rank: int) -> None:
-        self.left = 100 if rank == 1 else 10**9
+    def __init__(self, step: int) -> None:
+        self.left = step
 
     @property
     def requested(self) -> bool:
@@ -79,7 +79,7 @@ def work(job: str, options: list) -> None:
     world = connect(config)
     with StopRequest() as stop, ExitStack() as stack:
         if "interrupt" in job:
-            stop = AtStep100(world.rank)
+            stop = StopAt(100 if world.rank == 1 else 10**9)
         start = world.from_main(lambda: open_run(config, world, stack))
         model = fit(config, world, start, stop)
         if "in float64" in job:

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 import numpy as np
 import pytest
 import torch
-from fork_worlds import loader_of_first
+from fork_worlds import StopAt, loader_of_first
 from torch.nn import functional
 
 from mnist.data import load_mnist, normalise
@@ -14,7 +14,6 @@ from mnist.distributed import World
 from mnist.evaluation.scoring import predict
 from mnist.model import MLP
 from mnist.runs.metrics import read_metrics
-from mnist.system import StopRequest
 from mnist.training import loop
 from mnist.training.config import TrainConfig
 from mnist.training.distortion import Distortion
@@ -37,18 +36,6 @@ def world(precision=torch.float32):
 def digits(data_dir, count=256):
     train = load_mnist(data_dir, "train")
     return train.images[:count], train.labels[:count]
-
-
-class AtStep(StopRequest):
-    """Asks to stop at a given step."""
-
-    def __init__(self, step):
-        self.left = step
-
-    @property
-    def requested(self):
-        self.left -= 1
-        return self.left <= 0
 
 
 @pytest.fixture
@@ -125,7 +112,7 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bits(train, precision, op
     expected, rows = train("alone", precision, **settings)
     for step in (20, 70):  # not at a checkpoint
         with pytest.raises(SystemExit) as stopped:
-            train("again", precision, AtStep(step), **settings)
+            train("again", precision, StopAt(step), **settings)
         assert stopped.value.code == 75
     found, again = train("again", precision, **settings)
     assert torch.equal(found, expected)

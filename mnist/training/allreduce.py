@@ -119,7 +119,7 @@ class SharedMemory:
     def __init__(self, world: World, model: MLP, neighbours: Neighbours) -> None:
         sizes, dtype = sizes_of_layers(model), next(model.parameters()).dtype
         self._neighbours, size = neighbours, sum(sizes)
-        width = -(-(size + 1) * dtype.itemsize // _PAGE) * _PAGE
+        width = _in_pages((size + 1) * dtype.itemsize)
         # Weights, two states of an optimizer, an average, a copy in half precision.
         shared = neighbours.share((world.size + 5) * width)
         self._memory = torch.frombuffer(shared, dtype=torch.uint8)
@@ -137,7 +137,7 @@ class SharedMemory:
 
     def zeros(self, size: int, dtype: torch.dtype) -> Tensor:
         start, length = self._used, size * dtype.itemsize
-        self._used += -(-length // _PAGE) * _PAGE
+        self._used += _in_pages(length)
         return self._memory[start : start + length].view(dtype)
 
     def begin(self) -> None:
@@ -271,6 +271,11 @@ def _wait(requests: Sequence[dist.Work | None]) -> None:
     for request in requests:
         assert request is not None
         request.wait()
+
+
+def _in_pages(length: int) -> int:
+    """Bytes, rounded up."""
+    return -(-length // _PAGE) * _PAGE
 
 
 def _chunks(part: range) -> list[slice]:

@@ -92,11 +92,8 @@ class Learner:
         kind = products or ("onednn" if config.products == "onednn" else "torch")
         full, large_product, rounds = training_products(kind, world.precision, world.device)
         weights = [layer.weight.numel() for layer in model.layers]
-        large = [
-            i
-            for i, count in enumerate(weights[:-1])
-            if count >= _HALF_MIN_WEIGHTS or count * config.batch_size >= _HALF_MIN_TERMS
-        ]
+        least = min(_HALF_MIN_WEIGHTS, _HALF_MIN_TERMS / config.batch_size)
+        large = [i for i, count in enumerate(weights[:-1]) if count >= least]
         large_layers = large[-1] + 1 if large and world.precision != torch.float32 else 0
         half_layers = 0 if rounds else large_layers
         self._products = [large_product] * large_layers
@@ -107,9 +104,8 @@ class Learner:
         size, dtype = len(flat), flat.dtype
         zeros = self.reducer.zeros
         self.parameters = zeros(size, dtype).copy_(flat)
-        self.average = self.parameters
-        if config.averaging:
-            self.average = zeros(size, dtype).copy_(flat)
+        averaged = config.averaging > 0
+        self.average = zeros(size, dtype).copy_(flat) if averaged else self.parameters
         self.momentum = zeros(size, dtype)
         self.squares = zeros(size if config.optimizer == "adamw" else 0, dtype)
         self.updates = torch.zeros((), device=world.device)  # as AdamW counts them
@@ -339,12 +335,15 @@ class Learner:
 
     def _update(self, learning_rate: float, averaging: float) -> None:
         """Change the weights by the gradient, unless it overflowed in fp16."""
-        self.updates += self.config.optimizer == "adamw"
+        counts = self.config.optimizer == "adamw"
+        if counts:
+            self.updates += 1
         for chunk, gradient in zip(self._chunks, self.reducer.sums(), strict=True):
             overflow = None
             if self.loss_scale is not None:  # on a GPU, where there is one chunk
                 overflow = (~gradient.isfinite().all()).float()
-                self.updates -= overflow * (self.config.optimizer == "adamw")
+                if counts:
+                    self.updates -= overflow
             self._optimize(chunk, gradient, learning_rate, overflow)
             if self.loss_scale is not None and overflow is not None:
                 self._adapt_loss_scale(self.loss_scale, overflow)

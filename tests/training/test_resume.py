@@ -22,7 +22,7 @@ import pytest
 import stress
 import torch
 import yaml
-from fork_worlds import in_worlds, loader_of_first
+from fork_worlds import StopAt, in_worlds, loader_of_first
 from wandb_logs import history, logs, metrics_only
 
 from mnist import system
@@ -36,7 +36,6 @@ from mnist.runs import folder as run_folder
 from mnist.runs.checkpoint import newest_checkpoint
 from mnist.runs.mirror import NoMirror
 from mnist.runs.reports import read_report
-from mnist.system import StopRequest
 from mnist.training import loop
 from mnist.training.config import TrainConfig, to_yaml
 from mnist.training.job import finish, open_run
@@ -77,18 +76,6 @@ def config(folder, data_dir, **settings):
     return TrainConfig(**defaults | settings)
 
 
-class Stop(StopRequest):
-    """Asks to stop at a given step."""
-
-    def __init__(self, step):
-        self.left = step
-
-    @property
-    def requested(self):
-        self.left -= 1
-        return self.left <= 0
-
-
 def train(settings, stop=None, world=WORLD):
     """The folder of a run that is begun or goes on in this process."""
     with ExitStack() as stack:
@@ -99,7 +86,7 @@ def train(settings, stop=None, world=WORLD):
 
 def interrupt(settings, step, world=WORLD):
     with pytest.raises(SystemExit) as stopped:
-        train(settings, Stop(step), world)
+        train(settings, StopAt(step), world)
     assert stopped.value.code == 75
 
 
@@ -140,7 +127,7 @@ def test_run_interrupted_anywhere_ends_with_the_same_bits(tmp_path, data_dir, na
 
 def test_request_at_the_last_step_lets_the_run_complete(tmp_path, data_dir):
     settings = config(tmp_path, data_dir)
-    train(settings, Stop(40))
+    train(settings, StopAt(40))
 
 
 def test_checkpoints_at_steps_and_epochs_and_the_newest_two_stay(tmp_path, data_dir):
@@ -372,7 +359,7 @@ def test_run_that_cannot_save_says_so_at_once_and_is_not_called_saved(
     with ExitStack() as stack:
         start = open_run(settings, WORLD, stack)
         with pytest.raises(SystemExit) as stopped:
-            fit(settings, WORLD, start, Stop(20), mirror)
+            fit(settings, WORLD, start, StopAt(20), mirror)
     assert stopped.value.code == 1 and sent == []
     said = capsys.readouterr().err
     assert said.count("THIS RUN IS NOT BEING SAVED: interrupted now, it loses what came after") == 1
