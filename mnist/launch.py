@@ -7,6 +7,8 @@ a free port of the first: --rendezvous ADDRESS:PORT.
 """
 
 import argparse
+import contextlib
+import io
 import logging
 import os
 import signal
@@ -53,7 +55,8 @@ def main(script: str, arguments: list[str]) -> NoReturn:
             f"scripts/{job.stem} [--processes N] [OPTIONS]: N processes; default: one per GPU, or "
             "one\n"
         )
-    _PARSERS[job.name](options)  # so that a mistake is answered before anything is launched
+    with contextlib.redirect_stderr(io.StringIO()):  # what is to be said, the job says
+        _PARSERS[job.name](options)  # so that a mistake is answered before anything is launched
     sys.exit(launch(script, options, ours.processes, ours.rendezvous))
 
 
