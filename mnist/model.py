@@ -17,6 +17,9 @@ from mnist.products import row_stable_product
 from mnist.system import write_file
 
 CLASSES = 10
+NO_DIGIT = CLASSES
+"""The label of a training image that is no digit."""
+
 _FORMAT = "mnist-mlp-1"
 _INPUTS = IMAGE_SHAPE[0] * IMAGE_SHAPE[1]
 

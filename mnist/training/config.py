@@ -87,6 +87,15 @@ class TrainConfig:
     thickness: float = 0.0
     """Distort training images: thicken or thin strokes by up to this many pixels on either side, 0
     to 1."""
+    contrast: float = 0.0
+    """Distort training images: blur them, or sharpen their edges, by up to this share."""
+    remains: float = 0.0
+    """Distort training images: share of those with a stroke at their edge that is not theirs."""
+    hands: float = 0.0
+    """Add digits of other hands to the training images, made from these, as many as this share."""
+    non_digits: float = 0.0
+    """Add marks that are no digits to the training images, made from these, as many as this share;
+    their targets are uniform. The model then learns to doubt, and its file says how much."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Of the large matrix products; auto: the launcher's, else bf16 where it is native."""
     products: Literal["auto", "torch", "onednn"] = "auto"
@@ -147,7 +156,10 @@ class TrainConfig:
         require(self, 0 <= self.scaling < 1, "scaling", "0 to below 1")
         for field in ("shear", "shift", "elastic"):
             require(self, 0 <= getattr(self, field) < float("inf"), field, "0 or more")
-        require(self, 0 <= self.thickness <= 1, "thickness", "0 to 1")
+        for field in ("thickness", "contrast", "remains"):
+            require(self, 0 <= getattr(self, field) <= 1, field, "0 to 1")
+        for field in ("hands", "non_digits"):
+            require(self, 0 <= getattr(self, field) <= 10, field, "0 to 10")
         require(self, 0 <= self.validation_size <= 59_000, "validation_size", "0 to 59000")
         require(self, self.log_every >= 1, "log_every", "1 or more")
         every = self.checkpoint_every
@@ -166,7 +178,7 @@ class TrainConfig:
     def distorts(self) -> bool:
         """Whether training images are distorted."""
         affine = (self.rotation, self.scaling, self.shear, self.shift)
-        return any((*affine, self.elastic, self.thickness))
+        return any((*affine, self.elastic, self.thickness, self.contrast, self.remains))
 
     @property
     def run_folder(self) -> Path:
@@ -187,7 +199,7 @@ _JOB = "train.py"
 _NUMERIC = (
     "seed epochs batch_size hidden_sizes optimizer learning_rate schedule warmup momentum nesterov "
     "weight_decay label_smoothing averaging rotation scaling shear shift elastic "
-    "thickness precision validation_size"
+    "thickness contrast remains hands non_digits precision validation_size"
 ).split()
 
 RETIRED: dict[str, Any] = {"elastic_smoothness": 5.0, "gaps": 0.0}

@@ -18,6 +18,7 @@ from mnist.products import row_stable_product
 from mnist.training.config import TrainConfig
 
 _GROUND = -MEAN / STD  # a pixel without ink, as the network gets it
+_FULL = 1 / STD  # what full ink has more
 ELASTIC_SMOOTHNESS = 5.0
 """Pixels over which an elastic distortion changes: the sigma of Simard's Gaussian."""
 
@@ -63,6 +64,18 @@ def _redraw(ink: Tensor, thicker: Tensor) -> Tensor:
     return ink + thicker * (_dilate(signed) - signed)
 
 
+def _focus(ink: Tensor, sharper: Tensor) -> Tensor:
+    """Blur n×28×28 over 3×3 pixels or sharpen their edges, by n shares from -1 to 1."""
+    sharper = sharper[:, None, None]
+    padded = functional.pad(ink, (1, 1, 1, 1))
+    for axis in (1, 2):
+        first, second, third = (padded.narrow(axis, start, 28) for start in range(3))
+        padded = (first + second).add_(third)
+    blurred = torch.lerp(ink, padded / 9, (-sharper).clamp(min=0))
+    middle = _FULL / 2
+    return (blurred - middle).mul_(1 + 3 * sharper.clamp(min=0)).add_(middle).clamp_(0, _FULL)
+
+
 class Distortion:
     """Distorts batches as the settings of a run say; see ``TrainConfig`` for what they mean."""
 
@@ -98,7 +111,9 @@ class Distortion:
         ink = (images.float() - _GROUND).view(count, *IMAGE_SHAPE)
         if self._config.thickness:
             ink = _redraw(ink, self.strokes(step, batch_size)[rows].to(images.device))
-        moved = functional.grid_sample(ink[:, None], grid, align_corners=False)
+        moved = functional.grid_sample(ink[:, None], grid, align_corners=False)[:, 0]
+        if self._config.contrast:
+            moved = _focus(moved, self.contrasts(step, batch_size)[rows].to(images.device))
         return moved.flatten(1).add_(_GROUND).to(images.dtype)
 
     def weights(self, step: int, batch_size: int) -> Tensor:
@@ -131,6 +146,11 @@ class Distortion:
         """Pixels by which the strokes of each image are thicker on either side, ``batch_size``."""
         uniform = torch.rand(batch_size, generator=self._generator("strokes", step))
         return (2 * uniform - 1) * self._config.thickness
+
+    def contrasts(self, step: int, batch_size: int) -> Tensor:
+        """How much sharper than it is each image gets, ``batch_size``; below 0 it is blurred."""
+        uniform = torch.rand(batch_size, generator=self._generator("contrasts", step))
+        return (2 * uniform - 1) * self._config.contrast
 
     def _generator(self, purpose: str, step: int) -> torch.Generator:
         return torch.Generator().manual_seed(derived_seed(self._config.seed, purpose, step))

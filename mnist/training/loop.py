@@ -38,6 +38,7 @@ from mnist.training.allreduce import open_reducer
 from mnist.training.config import TrainConfig, to_yaml
 from mnist.training.distortion import Distortion
 from mnist.training.step import Learner
+from mnist.training.synthesis import synthesise
 
 _VALIDATION_BATCH = 1024  # large enough for full speed; the activations stay in megabytes
 _GPU_STEPS_BETWEEN_LOOKS = 16  # at whether to stop: each waits for the GPU
@@ -103,7 +104,8 @@ class Interval:
         """The row for it, from the sums of loss and correct predictions."""
         images = self._plan.images_until(step)
         seen = images - self._plan.images_until(self._logged_step)
-        loss, accuracy = (totals / seen).tolist()  # waits for a GPU
+        number = totals[2] if len(totals) > 2 else seen  # only of digits
+        loss, accuracy = (totals[:2] / number).tolist()  # waits for a GPU
         elapsed = time.perf_counter() - self._began
         self._logged_step, self._seconds = step, self._seconds + elapsed
         return {
@@ -301,11 +303,11 @@ def load_training_data(
     chosen, held_out = split_validation(digits.labels, config.validation_size, config.seed)
     share = held_out[rank_slice(len(held_out), world.rank, world.size)]
 
-    def prepared(indices: Tensor) -> BatchedDigits:
-        images, labels = digits.images[indices], digits.labels[indices]
+    def prepared(images: Tensor, labels: Tensor) -> BatchedDigits:
         return BatchedDigits(images.to(world.device), labels.to(world.device), dtype)
 
-    return prepared(chosen), prepared(share)
+    training = synthesise(digits.images[chosen], digits.labels[chosen], config)
+    return prepared(*training), prepared(digits.images[share], digits.labels[share])
 
 
 def schedule(progress: float, config: TrainConfig) -> float:

@@ -17,7 +17,7 @@ from torch.nn import functional
 from torch.nn.utils import parameters_to_vector
 
 from mnist.distributed import World, widest_float
-from mnist.model import CLASSES, MLP
+from mnist.model import CLASSES, MLP, NO_DIGIT
 from mnist.products import Kind, training_products
 from mnist.training.allreduce import AllReduce, Reducer, sizes_of_layers
 from mnist.training.config import TrainConfig
@@ -112,7 +112,7 @@ class Learner:
         # The gradient, and whether this rank is asked to stop.
         self.gradient, self._stop = self.reducer.message[:size], self.reducer.message[size:]
         # Sums of loss and correct answers: over all ranks, and of this one alone.
-        self.totals = torch.zeros(2, dtype=widest_float(world.device), device=world.device)
+        self.totals = torch.zeros(2 + (config.non_digits > 0), dtype=widest_float(world.device), device=world.device)
         self._own_totals = torch.zeros_like(self.totals)
         self._unscored: list[tuple[Tensor, Tensor]] = []
 
@@ -130,6 +130,9 @@ class Learner:
 
         self._targets = torch.eye(CLASSES, device=world.device)
         self._targets += config.label_smoothing * (1 / CLASSES - self._targets)
+        if config.non_digits:
+            uniform = torch.full((1, CLASSES), 1 / CLASSES, device=world.device)
+            self._targets = torch.cat([self._targets, uniform])  # at NO_DIGIT
         self._negative_shares = self._targets, 0  # of a batch size
         # The gradients of fp16 underflow unless the loss is scaled up; other precisions need none.
         scaled = world.precision == torch.float16
@@ -317,9 +320,13 @@ class Learner:
         logits, labels = (torch.cat(parts) for parts in zip(*self._unscored, strict=True))
         self._unscored.clear()
         # Of the labels as they are: comparable with validation whatever the label smoothing.
-        losses = functional.cross_entropy(logits, labels, reduction="none").to(self.totals.dtype)
+        losses = functional.cross_entropy(
+            logits, labels, reduction="none", ignore_index=NO_DIGIT
+        ).to(self.totals.dtype)
         self._own_totals[0] += losses.mul_(_LOSS_STEPS).round_().sum() / _LOSS_STEPS
         self._own_totals[1] += (logits.argmax(1) == labels).sum()
+        if len(self._own_totals) > 2:
+            self._own_totals[2] += (labels != NO_DIGIT).sum()
 
     def _sum(self, inputs: list[Tensor], deltas: list[Tensor], layers: Sequence[int]) -> None:
         """Fill the gradient of these layers with the sum over images."""
