@@ -112,7 +112,7 @@ def _ink(values: NDArray[np.float32]) -> Grey:
     if values.ndim == 2:
         return _level(values)
     inks = [_level(values[..., channel]) for channel in range(3)]
-    return max(inks, key=lambda ink: _strongest(ink) / (_noise(ink) + 0.02))
+    return max(inks, key=lambda ink: _strongest(ink) / (_ground_of(ink)[1] + 0.02))
 
 
 def _level(values: Grey) -> Grey:
@@ -120,7 +120,10 @@ def _level(values: Grey) -> Grey:
 
     Over a narrow scale a shadow is ground; but so is the inside of a thick stroke.
     """
-    smooth = ndimage.uniform_filter(values, 3) if min(values.shape) > 64 else values
+    around = max(2, min(values.shape) // 2)
+    inside = slice(around, -around), slice(around, -around)
+    values = _surrounded(values, around)
+    smooth = ndimage.uniform_filter(values, 3) if min(values.shape) > 128 else values
     low, high = 1 - _strongest(1 - smooth), np.quantile(smooth, 0.9)
     darkest = smooth <= low + 0.25 * (high - low)
     ink = np.zeros_like(values)
@@ -132,7 +135,21 @@ def _level(values: Grey) -> Grey:
         threshold = max(_otsu(ink), 0.35 * _strongest(ink))
         if (ink[darkest] > threshold).mean() > 0.8 and threshold > _LEAST_CONTRAST:
             break
-    return ink
+    return ink[inside]
+
+
+def _surrounded(values: Grey, around: int) -> Grey:
+    """With so many pixels more on each side, as light as the ground is there: what the border has,
+    less the ink that reaches it."""
+    bordered = values.copy()
+    for turned in (bordered, bordered.T):
+        for row in (turned[0], turned[-1]):
+            size = max(3, round(0.5 * len(row))) | 1
+            closed = ndimage.grey_closing(row, size, mode="nearest")
+            row[:] = np.maximum(closed, 0.6 * np.quantile(values, 0.9))
+    padded = np.pad(bordered, around, mode="edge")
+    padded[around:-around, around:-around] = values
+    return padded
 
 
 def _strongest(ink: Grey) -> float:
@@ -141,10 +158,11 @@ def _strongest(ink: Grey) -> float:
     return float(np.partition(ink, index, axis=None)[index])
 
 
-def _noise(ink: Grey) -> float:
-    """The standard deviation of the ground, of which there is more than of ink."""
-    middle = np.median(ink)
-    return float(1.4826 * np.median(np.abs(ink - middle)))
+def _ground_of(ink: Grey) -> tuple[float, float]:
+    """The median of what is no ink, and its standard deviation."""
+    ground = ink[ink <= _otsu(ink)]
+    middle = float(np.median(ground))
+    return middle, float(1.4826 * np.median(np.abs(ground - middle)))
 
 
 def _otsu(ink: Grey) -> float:
@@ -161,12 +179,12 @@ def _otsu(ink: Grey) -> float:
 
 def _mask(ink: Grey) -> NDArray[np.bool_] | None:
     """Where there is ink, or None if there is but ground and its noise."""
-    noise = _noise(ink)
-    threshold = max(_otsu(ink), 0.35 * _strongest(ink), 4 * noise, _LEAST_CONTRAST)
+    ground, noise = _ground_of(ink)
+    threshold = max(_otsu(ink), 0.35 * _strongest(ink), ground + 4 * noise, _LEAST_CONTRAST)
     strong = ink > threshold
-    if not strong.any() or ink[strong].mean() - np.median(ink) < max(1.5 * _LEAST_CONTRAST, 5 * noise):
+    if not strong.any() or ink[strong].mean() - ground < max(1.5 * _LEAST_CONTRAST, 5 * noise):
         return None
-    weak = ink > max(threshold / 2, 3 * noise)
+    weak = ink > max(threshold / 2, ground + 3 * noise)
     marks, _ = ndimage.label(weak, _EIGHT)
     kept = np.unique(marks[strong])
     return np.isin(marks, kept[kept > 0])
@@ -213,19 +231,24 @@ def _digit_of(mask: NDArray[np.bool_], ink: Grey) -> NDArray[np.bool_] | None:
 
 
 def _without_lines(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Without straight lines along the border, as a form's box leaves them in a crop."""
+    """Without straight lines from border to border, as a form's box leaves them in a crop; but the
+    bar of a 2 that fills its image is none."""
     result = mask.copy()
-    for axis in (0, 1):
-        turned = result if axis == 0 else result.T
+    for turned in (result, result.T):  # lines downwards, then across
         height, width = turned.shape
-        zone = max(1, round(0.15 * width))
-        filled = turned.mean(0)
+        zone, end = max(1, round(0.15 * width)), max(1, height // 50)
+        whole = (turned.mean(0) > 0.7) & turned[:end].any(0) & turned[-end:].any(0)
         for columns in (range(zone), range(width - 1, width - 1 - zone, -1)):
-            lines = [column for column in columns if filled[column] > 0.7]
-            if lines and turned[:, [c for c in range(width) if c not in columns]].any():
-                inner = max(lines, key=lambda column: min(column, width - 1 - column))
-                for column in range(0, inner + 2) if inner < width / 2 else range(inner - 1, width):
-                    turned[:, min(column, width - 1)] = False
+            lines = [column for column in columns if whole[column]]
+            if not lines:
+                continue
+            inner, step = lines[-1], columns.step
+            line = slice(0, inner + 2) if step > 0 else slice(max(0, inner - 1), width)
+            rest = turned.copy()
+            rest[:, line] = False
+            rows = np.flatnonzero(rest.any(1))
+            if len(rows) and rows[-1] - rows[0] < 0.9 * height:
+                turned[:, line] = False
     return result
 
 

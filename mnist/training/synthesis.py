@@ -23,6 +23,9 @@ Points = NDArray[np.float64]
 """n×2: places, down and to the right."""
 
 _SIZE = IMAGE_SHAPE[0]
+# Digits with a half that looks the same: joined to the other's, it would be one of them.
+_ALIKE_ABOVE = "00 11 22 33 44 55 66 77 88 99 237 089 147 479 06 35 38 56 58"
+_ALIKE_BESIDE = "00 11 22 33 44 55 66 77 88 99 06 237 49 147 38 35 389 56 09 58 68"
 _TURNABLE = (2, 3, 4, 5, 7)  # no digit when turned by 90 degrees
 
 
@@ -83,33 +86,30 @@ def _end(ink: Ink, key: Callable[[Points], NDArray[np.float64]]) -> Points:
 # ----------------------------------------------------------------------------- what is no digit
 
 
-def _different(rng: Generator, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Pairs of different digits."""
-    first = rng.integers(0, 10, count)
-    return first, (first + rng.integers(1, 10, count)) % 10
-
-
 def joined_halves(digits: Digits, rng: Generator, count: int) -> Ink:
-    """Half of a digit and the other half of a different one."""
-    first, second = (digits.draw(rng, some) for some in _different(rng, count))
+    """The left or upper half of a digit and the other half of one that looks different there."""
     upright = rng.random(count) < 0.5
+    pairs = np.zeros((count, 2), np.int64)
+    for pair, alike in zip(pairs, np.where(upright, _ALIKE_ABOVE, _ALIKE_BESIDE), strict=True):
+        while any(set(pair.tolist()) <= set(map(int, group)) for group in alike.split()):
+            pair[:] = rng.integers(0, 10, 2)
+    first, second = (digits.draw(rng, pairs[:, side]) for side in (0, 1))
     half = np.zeros((_SIZE, _SIZE), bool)
     half[: _SIZE // 2] = True
-    chosen = np.where(upright[:, None, None], half, half.T)
-    return np.where(chosen, first, second)
+    return np.where(np.where(upright[:, None, None], half, half.T), first, second)
 
 
 def squeezed_pairs(digits: Digits, rng: Generator, count: int) -> Ink:
     """Two digits side by side, close or touching, as wide together as 1 to 2 of them."""
     pair = [digits.draw(rng, some) for some in (rng.integers(0, 10, count), rng.integers(0, 10, count))]
-    wide = np.zeros((count, _SIZE, 2 * _SIZE), np.float32)
+    wide = np.zeros((count, _SIZE, 3 * _SIZE), np.float32)
     for row, left, right, gap in zip(wide, *pair, rng.integers(-2, 4, count), strict=True):
         columns = [np.flatnonzero(image.any(0)) for image in (left, right)]
         start = columns[0][-1] + 1 + gap - columns[1][0]
         row[:, :_SIZE] = left
         row[:, start : start + _SIZE] = np.maximum(row[:, start : start + _SIZE], right)
     result = np.zeros_like(wide)
-    place = np.arange(2 * _SIZE)
+    place = np.arange(3 * _SIZE)
     for row, source, squeeze in zip(result, wide, rng.uniform(1, 2, count), strict=True):
         where = place * squeeze
         for y in range(_SIZE):
@@ -160,8 +160,8 @@ def dashes(digits: Digits, rng: Generator, count: int) -> Ink:
 
 
 def halves(digits: Digits, rng: Generator, count: int) -> Ink:
-    """The left, right, upper or lower half of a digit; of a 1 only the right of others remain."""
-    ink = digits.draw(rng, rng.choice([0, 2, 3, 4, 5, 6, 8, 9], count))
+    """The left, right, upper or lower half of a 0, 2, 3 or 5; those of others may be digits."""
+    ink = digits.draw(rng, rng.choice([0, 2, 3, 5], count))
     part = rng.integers(0, 4, count)
     for index, quarter in enumerate(part.tolist()):
         ink[index] = np.rot90(ink[index], -quarter)
@@ -186,7 +186,7 @@ Maker = Callable[[Digits, Generator, int], Ink]
 
 SCORED: tuple[Maker, ...] = (joined_halves, squeezed_pairs, turned, crosses, commas)
 """Those of which a model should know that they are no digits."""
-TAUGHT: tuple[Maker, ...] = (*SCORED, dashes, halves, pieces)
+TAUGHT: tuple[Maker, ...] = (*SCORED, joined_halves, dashes, halves, pieces)
 
 
 def non_digits(
@@ -204,7 +204,7 @@ def non_digits(
     digits = Digits(images, labels)
     result = np.zeros((count, *IMAGE_SHAPE), np.uint8)
     for index, maker in enumerate(makers):
-        rng = np.random.default_rng(derived_seed(seed, "no digits", maker.__name__))
+        rng = np.random.default_rng(derived_seed(seed, "no digits", index))
         part = result[index :: len(makers)]
         ink = maker(digits, rng, len(part))
         part[:] = normalise_digits((ink * 255).round().astype(np.uint8)).images
@@ -269,12 +269,39 @@ def short_fours(digits: Digits, rng: Generator, count: int) -> Ink:
     return ink * (down < stop[:, None, None]) * ~above
 
 
+def looped_twos(digits: Digits, rng: Generator, count: int) -> Ink:
+    """A 2 with a loop where its stroke turns to the right."""
+    ink = digits.draw(rng, np.full(count, 2))
+    corner = _end(ink, lambda place: place[..., 0] - place[..., 1])
+    radii = rng.uniform(1.5, 4, (count, 2))
+    middle = corner + radii * [-1, 0.5]
+    place = np.arange(_SIZE) + 0.5
+    y = (place[None, :, None] - middle[:, 0, None, None]) / radii[:, 0, None, None]
+    x = (place[None, None, :] - middle[:, 1, None, None]) / radii[:, 1, None, None]
+    distance = np.abs(np.hypot(y, x) - 1) * radii.min(1)[:, None, None]
+    ring = (_radius_of(ink)[:, None, None] + 0.3 - distance).clip(0, 1).astype(np.float32)
+    return np.maximum(ink, ring)
+
+
+def slanted_fives(digits: Digits, rng: Generator, count: int) -> Ink:
+    """A 5 whose flag and stem are one stroke, down from the upper right."""
+    ink, place = digits.draw(rng, np.full(count, 5)), np.arange(_SIZE)
+    top = ink.any(2).argmax(1)[:, None, None]
+    flag = _end(ink, lambda place: place[..., 1] - 1.5 * place[..., 0])
+    down = place[None, :, None]
+    height = _SIZE - ink[:, ::-1].any(2).argmax(1)[:, None, None] - top
+    stem = ink * (down >= top + 0.3 * height) * (down < top + 0.5 * height)
+    turn = _end(stem, lambda place: -place[..., 1])
+    bowl = ink * (down >= turn[:, :1, None] - 1)
+    return np.maximum(bowl, _strokes(turn, flag, _radius_of(ink) * rng.uniform(0.7, 1.2, count)))
+
+
 def open_zeros(digits: Digits, rng: Generator, count: int) -> Ink:
     """A 0 with a gap at its top or right."""
     ink = digits.draw(rng, np.full(count, 0))
     place = np.arange(_SIZE) + 0.5 - _SIZE / 2
     degrees = np.degrees(np.arctan2(place[:, None], place[None, :]))
-    middle = rng.uniform(-110, 10, count)[:, None, None]
+    middle = rng.uniform(-150, 10, count)[:, None, None]
     width = rng.uniform(6, 20, count)[:, None, None]
     return ink * (np.abs(degrees - middle) > width)
 
@@ -285,6 +312,8 @@ HANDS: dict[Maker, int] = {
     footed_nines: 9,
     mirrored_nines: 9,
     short_fours: 4,
+    looped_twos: 2,
+    slanted_fives: 5,
     open_zeros: 0,
 }
 """Digits as others write them, and their labels."""
