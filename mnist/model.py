@@ -2,9 +2,10 @@
 
 import itertools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,6 +25,15 @@ _FORMAT = "mnist-mlp-1"
 _INPUTS = IMAGE_SHAPE[0] * IMAGE_SHAPE[1]
 
 
+class Doubt(NamedTuple):
+    """How doubtful to be of a model's predictions, as found on validation images."""
+
+    temperature: float
+    """By which logits are divided before the softmax (Guo et al. 2017)."""
+    threshold: float
+    """The confidence from which on a prediction is accepted."""
+
+
 class MLP(nn.Module):
     """Flatten, then five ``Linear`` layers with ReLU between them.
 
@@ -32,6 +42,8 @@ class MLP(nn.Module):
     """
 
     layers: Sequence[nn.Linear]
+    doubt: Doubt | None = None
+    """None of a model that was not taught what is no digit."""
 
     def __init__(self, hidden_sizes: Sequence[int]) -> None:
         super().__init__()
@@ -72,17 +84,21 @@ def save_model(model: MLP, path: Path) -> None:
 
     The file appears whole or not at all.
     """
-    write_file(path, model_bytes(model.hidden_sizes, model.state_dict()))
+    write_file(path, model_bytes(model.hidden_sizes, model.state_dict(), model.doubt))
 
 
-def model_bytes(hidden_sizes: Sequence[int], weights: Mapping[str, Tensor]) -> bytes:
+def model_bytes(
+    hidden_sizes: Sequence[int], weights: Mapping[str, Tensor], doubt: Doubt | None = None
+) -> bytes:
     """The contents of a model's file, from its ``state_dict``."""
-    metadata = {
+    metadata: dict[str, Any] = {
         "hidden_sizes": hidden_sizes,
         "input": f"{_INPUTS} pixels: (value / 255 - mean) / std, ink high, ground 0",
         "mean": MEAN,
         "std": STD,
     }
+    if doubt is not None:
+        metadata |= doubt._asdict()
     tensors = {name: weight.float().cpu().contiguous() for name, weight in weights.items()}
     # One entry: safetensors writes several in an order that changes from call to call.
     return save(tensors, {_FORMAT: json.dumps(metadata)})
@@ -103,10 +119,25 @@ def load_model(path: Path) -> MLP:
             if (metadata["mean"], metadata["std"]) != (MEAN, STD):
                 raise InputError(f"{path}: made for another normalisation of its input")
             model = MLP(metadata["hidden_sizes"])
+            if "threshold" in metadata:
+                model.doubt = _doubt_of(metadata)
             model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
             return model
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or 'no such file'}") from None
-    except (SafetensorError, RuntimeError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path}: not a usable model file: {reason}") from None
+
+
+def _doubt_of(metadata: dict[str, Any]) -> Doubt:
+    """What a file says.
+
+    Raises:
+        ValueError: that is impossible.
+        KeyError: half of it is missing.
+    """
+    doubt = Doubt(float(metadata["temperature"]), float(metadata["threshold"]))
+    if not (0 < doubt.temperature < math.inf and 0 <= doubt.threshold <= 1):
+        raise ValueError(f"{doubt} is impossible")
+    return doubt

@@ -24,12 +24,15 @@ class EvaluateConfig:
     """Images of MNIST, by default test; validation is what the run held out of the training
     images, train is the rest, which it learned."""
     images: Path | None = None
-    """Images of your own, 28x28, light ink on a dark ground: an IDX file (also .gz), a .npy of
-    Nx28x28 (uint8, or floats of 0 to 1), or a folder of image files, in sub-folders 0 to 9 where
-    their labels are known."""
+    """Images of your own, one digit each, of any size and look: a folder of image files, in
+    sub-folders 0 to 9 where their labels are known, an IDX file (also .gz), or a .npy of
+    Nxheightxwidth (uint8, or floats of 0 to 1)."""
     labels: Path | None = None
     """Their labels, 0 to 9: an IDX file (also .gz) or a .npy of N, in the images' order; or for a
     folder a CSV with the columns file and label, a row for each image."""
+    prepare: Literal["auto", "as-is", "mnist"] = "auto"
+    """What is done to --images: auto leaves those that look like MNIST's as they are, and makes the
+    others so; mnist makes all so; as-is takes 28x28 as they are, light ink on a dark ground."""
     output_dir: Path | None = None
     """Where the files go; by default evaluation/ beside the model, with a folder per split."""
     batch_size: int = 1024
@@ -59,6 +62,8 @@ class EvaluateConfig:
             raise InputError("--split chooses images of MNIST, --images are your own: give one")
         if self.labels is not None and self.images is None:
             raise InputError("--labels takes --images; MNIST brings its own")
+        if self.prepare != "auto" and self.images is None:
+            raise InputError("--prepare takes --images; MNIST's stay as they are")
         if self.run is None and self.split in ("validation", "train"):
             raise InputError(
                 f"--split {self.split} takes --run: every run has its own validation split"

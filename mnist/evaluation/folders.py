@@ -2,19 +2,25 @@
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mnist.cli import InputError
 from mnist.data import IMAGE_SHAPE
+from mnist.evaluation.ink import LONGEST
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 IMAGE_SUFFIXES = frozenset(".png .jpg .jpeg .bmp .gif .tif .tiff .webp .pgm".split())
 """The files of a folder that are its images, in small or capital letters."""
 
+_MOST_PIXELS = 200_000_000
+_ORIENTATION = 0x0112  # of EXIF
 _DECODERS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")  # no others: one runs Ghostscript
 DIGITS = frozenset("0123456789")
 
@@ -79,7 +85,7 @@ class FolderLabels:
 
 
 class FolderImages:
-    """The images of a folder, N x 28 x 28, decoded while they are read."""
+    """The images of a folder, N×28×28, decoded while they are read."""
 
     dtype = np.dtype(np.uint8)
 
@@ -90,45 +96,87 @@ class FolderImages:
     def __getitem__(self, part: slice, /) -> NDArray[np.uint8]:
         files = self._files[part]
         result = np.empty((len(files), *IMAGE_SHAPE), np.uint8)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's: of what matters, the error says more
-            for row, file in zip(result, files, strict=True):
-                row[:] = _decode(self._folder / file)
+        for row, image in zip(result, self._decoded(files, any_size=False), strict=True):
+            row[:] = image
         return result
 
+    def of_any_size(self, part: slice) -> Iterator[NDArray[np.uint8]]:
+        """The images one by one, upright, height×width or ×3, those larger than ``LONGEST``
+        reduced to that."""
+        return self._decoded(self._files[part], any_size=True)
 
-def _decode(path: Path) -> NDArray[np.uint8]:
-    """One image file of 28 by 28 in 8-bit grey."""
-    from PIL import Image
+    def _decoded(self, files: Sequence[str], any_size: bool) -> Iterator[NDArray[np.uint8]]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's: of what matters, the error says more
+            for file in files:
+                yield _decode(self._folder / file, any_size)
 
+
+def _decode(path: Path, any_size: bool) -> NDArray[np.uint8]:
+    """One image file in 8 bits: height×width if it is grey, else ×3."""
+    from PIL import Image, ImageOps
+
+    Image.MAX_IMAGE_PIXELS = None  # see _MOST_PIXELS
+    what = "an image" if any_size else "an image of 28×28"
     try:
         with Image.open(path, formats=_DECODERS) as image:
             found = "×".join(map(str, image.size))
-            if getattr(image, "n_frames", 1) != 1:
-                found += f" in {getattr(image, 'n_frames', 1)} frames"
-            if found != "28×28":
-                raise InputError(f"{path}: expected an image of 28×28 pixels, found {found}")
-            if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
-                return ((np.asarray(image).astype(np.int32) + 128) // 257).astype(np.uint8)
-            if image.mode in ("I", "F"):
-                raise InputError(f"{path}: expected 8 or 16 bits per pixel, found 32")
-            if not image.has_transparency_data:
-                return np.asarray(image.convert("L"))
-            return _on_ground(np.asarray(image.convert("RGBA").convert("LA")))
+            frames = getattr(image, "n_frames", 1)
+            if frames != 1:
+                raise InputError(f"{path}: expected {what} of one frame, found {frames} frames")
+            if not any_size and found != "28×28":
+                raise InputError(
+                    f"{path}: expected an image of 28×28 pixels, found {found}; "
+                    "--prepare auto takes any size"
+                )
+            if image.width * image.height > _MOST_PIXELS:
+                raise InputError(f"{path}: expected at most 200 megapixels, found {found}")
+            image.draft(None, (LONGEST, LONGEST))  # JPEG is decoded in part
+            pixels = _in_8_bits(image, path)
+            if not any_size:
+                return pixels if pixels.ndim == 2 else np.asarray(Image.fromarray(pixels).convert("L"))
+            orientation = image.getexif().get(_ORIENTATION, 1)
     except InputError:
         raise
     except Exception as error:  # Pillow's decoders raise almost anything over damaged files
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         reason = reason.removesuffix(f" {str(path)!r}")
-        raise InputError(f"{path}: cannot be read as an image of 28×28: {reason}") from None
+        raise InputError(f"{path}: cannot be read as {what}: {reason}") from None
+    upright = Image.fromarray(pixels)
+    upright.thumbnail((LONGEST, LONGEST), Image.Resampling.BOX)
+    upright.getexif()[_ORIENTATION] = orientation
+    return np.asarray(ImageOps.exif_transpose(upright))
 
 
-def _on_ground(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Grey and alpha, 28 x 28 x 2, on an opaque ground.
+def _in_8_bits(image: "Image.Image", path: Path) -> NDArray[np.uint8]:
+    """Grey, height×width, or colours, ×3, on an opaque ground."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+        return ((np.asarray(image).astype(np.int32) + 128) // 257).astype(np.uint8)
+    if image.mode in ("I", "F"):
+        raise InputError(f"{path}: expected 8 or 16 bits per pixel, found 32")
+    if image.has_transparency_data:
+        return _on_ground(np.asarray(image.convert("RGBA")), np.asarray(image.convert("RGBA").convert("L")))
+    if image.mode in ("1", "L"):
+        return np.asarray(image.convert("L"))
+    colours = np.asarray(image.convert("RGB"))
+    plain = (colours == colours[..., :1]).all()
+    return colours[..., 0] if plain else colours
+
+
+def _on_ground(image: NDArray[np.uint8], grey: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Colours and alpha, height×width×4, on an opaque ground; grey if they are.
 
     Under ink that is dark on average the ground is white, as a browser's canvas shows it (on black
-    the digit would vanish, and nobody would be warned of dark ink), else black.
+    the digit would vanish), else black.
+
+    Args:
+        image: the colours and alpha.
+        grey: how light the colours are, height×width.
     """
-    grey, alpha = image[..., 0].astype(np.float64), image[..., 1] / 255
-    ground = 255 if (grey * alpha).sum() < 127.5 * alpha.sum() else 0
-    return np.rint(grey * alpha + ground * (1 - alpha)).astype(np.uint8)
+    alpha = image[..., 3:] / 255
+    ground = 255 if (grey * alpha[..., 0]).sum() < 127.5 * alpha.sum() else 0
+    colours = image[..., :3]
+    if (colours == colours[..., :1]).all():
+        colours = grey[..., None]
+    made = np.rint(colours * alpha + ground * (1 - alpha)).astype(np.uint8)
+    return made[..., 0] if made.shape[2] == 1 else made

@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -21,22 +21,25 @@ from mnist.cli import InputError
 from mnist.data import IMAGE_SHAPE, split_validation
 from mnist.evaluation.folders import FolderImages, FolderLabels, find_images
 from mnist.evaluation.labels import EXPECTED_LABELS, check_order, is_table, read_table
+from mnist.evaluation.preparation import Mode, Prepared, as_they_are, look_like_mnist, prepare
 from mnist.fetch import MD5
 from mnist.runs.reports import images_of_split
 from mnist.system import sha256
 
-_EXPECTED_IMAGES = "images as an IDX file (also .gz), a .npy of N×28×28, or a folder of image files"
+_EXPECTED_IMAGES = (
+    "images as an IDX file (also .gz), a .npy of N×height×width, or a folder of image files"
+)
 _CHUNK_IMAGES = 1024
 _CHUNK_LABELS = 1 << 17
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """Images to score, N x 28 x 28, and their labels as far as known; both are read in parts.
+    """Images to score and their labels as far as known; both are read in parts.
 
     Parts in ascending order are cheap; in a packed file going back starts over. Not for use by
     several threads at once. Reading raises InputError for whatever cannot be found before: pixels
-    out of range, and image files that are damaged or of another size.
+    out of range, and image files that are damaged or, unless they are prepared, of another size.
     """
 
     description: str
@@ -53,14 +56,31 @@ class Inputs:
     """What a user should hear about, a line each."""
     image_rows: Rows
     label_rows: Rows | None
+    mode: Mode = "as-is"
+    """What is done to images that do not look like MNIST's."""
     order: NDArray[np.int64] | None = None
     """Which images of the file these are, ascending; None for all."""
 
     def __len__(self) -> int:
         return self.image_rows.shape[0] if self.order is None else len(self.order)
 
+    def prepared(self, start: int, stop: int) -> Prepared:
+        """These images as the network gets them, and what was done to them for it."""
+        if self.mode == "as-is":
+            return as_they_are(self.images(start, stop))
+        part = slice(start, stop)
+        if isinstance(self.image_rows, FolderImages):
+            images: Iterable[NDArray[Any]] = self.image_rows.of_any_size(part)
+        else:
+            images = self.images(start, stop)
+            if self.mode == "auto" and images.shape[1:] == IMAGE_SHAPE:
+                if look_like_mnist(images).all():
+                    return as_they_are(images)
+        return prepare(images, len(self.indices(start, stop)), self.mode)
+
     def images(self, start: int, stop: int) -> NDArray[Any]:
-        """A fresh array n x 28 x 28: uint8 from 0 to 255, or float32 from 0 to 1."""
+        """A fresh array, n×28×28 or of the file's other size: uint8 from 0 to 255, or float32 from
+        0 to 1."""
         rows = self.image_rows[self._part(start, stop)]
         if rows.dtype == np.uint8:
             return np.array(rows, order="C")
@@ -106,7 +126,9 @@ class Inputs:
         Never of a folder, whose images would all have to be decoded to know.
         """
         number = 10_000
-        if len(self) != number or self.files is not None:
+        if self.image_rows.shape[1:] != IMAGE_SHAPE or self.files is not None:
+            return False
+        if len(self) != number:
             return False
         images = hashlib.md5(struct.pack(">4I", 0x803, number, *IMAGE_SHAPE), usedforsecurity=False)
         labels = hashlib.md5(struct.pack(">2I", 0x801, number), usedforsecurity=False)
@@ -142,7 +164,8 @@ def open_mnist(
         InputError: a file is missing or is not what its name says, or the part is empty.
     """
     prefix = data_dir / "MNIST" / "raw" / ("t10k" if split == "test" else "train")
-    inputs = open_images(Path(f"{prefix}-images-idx3-ubyte"), Path(f"{prefix}-labels-idx1-ubyte"))
+    images, labels = (Path(f"{prefix}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1"))
+    inputs = open_images(images, labels, "as-is")
     description = images_of_split(split)
     inputs = dataclasses.replace(inputs, description=description, split=split)
     if split == "test":
@@ -150,13 +173,13 @@ def open_mnist(
     if validation_size > len(inputs) or (validation_size == 0 and split == "validation"):
         held_out = f"{validation_size} of {len(inputs)} training images held out"
         raise InputError(f"{description}: expected some, found {held_out}")
-    labels = torch.from_numpy(inputs.labels(0, len(inputs)))
-    training, validation = split_validation(labels, validation_size, seed)
+    known = torch.from_numpy(inputs.labels(0, len(inputs)))
+    training, validation = split_validation(known, validation_size, seed)
     order = (validation if split == "validation" else training).numpy()
     return dataclasses.replace(inputs, order=order, labelled=len(order))
 
 
-def open_images(images: Path, labels: Path | None) -> Inputs:
+def open_images(images: Path, labels: Path | None, mode: Mode = "auto") -> Inputs:
     """The user's images, and labels from a file of their own or from the folders 0 to 9.
 
     ``labels`` is an IDX file or a ``.npy`` of as many labels as images, in their order. Images of a
@@ -164,25 +187,28 @@ def open_images(images: Path, labels: Path | None) -> Inputs:
     have one where different programs would list them in different orders.
 
     ``images`` is an IDX file, plain or gzipped, of any name; a ``.npy`` of uint8, or of floats from
-    0 to 1; or a folder of image files of 28 by 28, directly inside or in folders 0 to 9, which
-    then are their labels. Everything is checked here but for single pixels and image files.
+    0 to 1; or a folder of image files, directly inside or in folders 0 to 9, which then are their
+    labels. All are of one digit each, and of 28×28 if the mode is ``as-is``. Everything is checked
+    here but for single pixels and image files.
 
     Raises:
         InputError: a path cannot be read, or holds anything else.
     """
     with reading(images):
         if images.is_dir():
-            return _open_folder(images, labels)
+            return dataclasses.replace(_open_folder(images, labels), mode=mode)
     rows = open_rows(images, _EXPECTED_IMAGES)
-    if rows.shape[1:] != IMAGE_SHAPE:
+    size = "28×28" if mode == "as-is" else "height×width"
+    if len(rows.shape) != 3 or (mode == "as-is" and rows.shape[1:] != IMAGE_SHAPE):
         hint = ": are these labels?" if len(rows.shape) == 1 else ""
-        raise InputError(f"{images}: expected images, N×28×28, found {shown(rows)}{hint}")
+        hint = "; --prepare auto takes any size" if len(rows.shape) == 3 else hint
+        raise InputError(f"{images}: expected images, N×{size}, found {shown(rows)}{hint}")
     if rows.dtype.newbyteorder("=") not in (np.uint8, np.float16, np.float32, np.float64):
         raise InputError(
             f"{images}: expected images of uint8 from 0 to 255 or of floats from 0 to 1, "
             f"found {rows.dtype}"
         )
-    if rows.shape[0] == 0:
+    if 0 in rows.shape:
         raise InputError(f"{images}: expected at least one image, found {shown(rows)}")
     label_rows = _open_labels(labels, images, rows.shape[0]) if labels else None
     return Inputs(
@@ -190,6 +216,7 @@ def open_images(images: Path, labels: Path | None) -> Inputs:
         images_path=images,
         labels_path=labels,
         labelled=rows.shape[0] if labels else 0,
+        mode=mode,
         image_rows=rows,
         label_rows=label_rows,
     )

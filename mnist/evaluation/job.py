@@ -15,7 +15,7 @@ from mnist.distributed import World, connect
 from mnist.evaluation.config import EvaluateConfig
 from mnist.evaluation.inputs import Inputs, open_images, open_mnist
 from mnist.evaluation.page import render_page
-from mnist.evaluation.report import figures, publish, staging
+from mnist.evaluation.report import acceptance, figures, publish, staging
 from mnist.evaluation.scoring import Scores, score
 from mnist.fetch import fetch_mnist
 from mnist.model import MLP, load_model
@@ -131,7 +131,7 @@ def find_weights(config: EvaluateConfig) -> Weights:
 def open_inputs(config: EvaluateConfig, weights: Weights) -> Inputs:
     """The images that the options mean; see ``inputs.py`` for the errors."""
     if config.images is not None:
-        return open_images(config.images, config.labels)
+        return open_images(config.images, config.labels, config.prepare)
     if config.split in (None, "test"):
         return open_mnist(config.data_dir, "test", validation_size=0, seed=0)
     assert weights.run is not None and config.split is not None
@@ -200,11 +200,12 @@ def write_evaluation(
         report["predictions_sha256"] = sha256(part)
         pictures = {
             example.index: example.image
-            for example in scores.examples.mistakes + scores.examples.least_confident
+            for example in scores.examples.all()
         }
+        sources = {e.index: e.source for e in scores.examples.prepared if e.source is not None}
         metrics = weights.run / "metrics.jsonl" if weights.run else None
         rows = read_metrics(metrics) if metrics and metrics.exists() else []
-        page = render_page(report, pictures, rows)
+        page = render_page(report, pictures, rows, sources)
         _check_still_right(weights, inputs, output)
         earlier = read_report(output)
         publish(aside, output, report, page)
@@ -243,6 +244,7 @@ def _report(
             "sha256": sha256(weights.path),
             "hidden_sizes": list(model.hidden_sizes),
             "step": weights.step,
+            "temperature": model.doubt.temperature if model.doubt else None,
         },
         "data": {
             "description": inputs.description,
@@ -251,9 +253,12 @@ def _report(
             **inputs.hashes(),
         },
         "expected": len(inputs),
+        "prepare": inputs.mode,
         **figures(scores.tally),
+        "acceptance": acceptance(scores.tally, model.doubt.threshold) if model.doubt else None,
         "mistakes": [e.row() for e in scores.examples.mistakes] if inputs.labelled else None,
         "least_confident": [e.row() for e in scores.examples.least_confident],
+        "prepared_examples": [e.row() for e in scores.examples.prepared],
         "warnings": scores.warnings,
         "throughput": {
             "images_per_second": len(inputs) / scores.seconds,

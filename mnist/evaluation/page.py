@@ -25,6 +25,7 @@ def render_page(
     report: dict[str, Any],
     pictures: dict[int, NDArray[np.uint8]],
     rows: Sequence[dict[str, Any]],
+    sources: dict[int, NDArray[np.uint8]] | None = None,
 ) -> str:
     """The whole page, self-contained, without scripts.
 
@@ -32,6 +33,7 @@ def render_page(
         report: what ``report.json`` holds.
         pictures: by index, 28×28, ink high: all of the report's mistakes and least confident.
         rows: what the run's ``metrics.jsonl`` holds; none leaves the curves out.
+        sources: by index, how images looked before they were prepared, height×width or ×3.
 
     Raises:
         KeyError: a picture is missing.
@@ -45,11 +47,14 @@ def render_page(
         lstrip_blocks=True,
     )
     environment.filters |= {"count": _count, "percent": _percent, "decimal": _decimal}
-    shown = [*(report["mistakes"] or []), *report["least_confident"]]
+    prepared = report["prepared_examples"]
+    shown = [*(report["mistakes"] or []), *report["least_confident"], *prepared]
     curves = [_curves(rows, quantity) for quantity in ("loss", "accuracy")]
     page = environment.get_template("report.html").render(
         report=report,
-        pictures={image["index"]: _data_uri(pictures[image["index"]]) for image in shown},
+        pictures={image["index"]: _data_uri(255 - pictures[image["index"]]) for image in shown},
+        sources={index: _data_uri(image) for index, image in (sources or {}).items()},
+        coverage=_coverage(report),
         curves=[curve for curve in curves if curve],
     )
     return page.encode(errors="replace").decode()  # a file's name need not be valid Unicode
@@ -71,11 +76,11 @@ def _percent(share: float | None) -> str:
 
 
 def _data_uri(image: NDArray[np.uint8]) -> str:
-    """A PNG of a 28×28 image, dark ink on white."""
+    """A PNG of an image, height×width or ×3."""
     from PIL import Image
 
     contents = io.BytesIO()
-    Image.fromarray(255 - image).save(contents, format="PNG", optimize=True)
+    Image.fromarray(image).save(contents, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(contents.getvalue()).decode()
 
 
@@ -126,6 +131,23 @@ def _curves(rows: Sequence[dict[str, Any]], quantity: str) -> dict[str, Any] | N
             for part, points in series.items()
         },
         "number": max(len(points) for points in series.values()),
+    }
+
+
+def _coverage(report: dict[str, Any]) -> dict[str, Any] | None:
+    """What the template needs to plot accuracy over coverage; None without labels or threshold."""
+    acceptance = report["acceptance"]
+    if acceptance is None or not acceptance["curve"]:
+        return None
+    points = [(row["coverage"], row["accuracy"]) for row in acceptance["curve"]]
+    low = math.floor(20 * min(y for x, y in points if x >= 0.1 or x == points[-1][0])) / 20
+    low = min(low, 0.95)
+    grids = [[n / 100 for n in range(0, 101, step)] for step in (1, 2, 5, 10, 20)]
+    ticks = _first_short([[y for y in grid if low <= y] for grid in grids])
+    return {
+        "ticks": [((y - low) / (1 - low), f"{y:.0%}") for y in ticks],
+        "points": [(x, (max(y, low) - low) / (1 - low)) for x, y in points],
+        "accepted": acceptance["labelled"] / report["labelled"],
     }
 
 

@@ -1,261 +1,126 @@
-"""From the image of one digit, of any size and look, to its ink: ground levelled, digit found.
+"""What is done to users' images before they are scored: nothing, or as little as makes them MNIST's.
 
-What MNIST's makers did with the ink is in normaliser.py. Sizes are in pixels of the image, unless
-a name says share; ink is from 0, none, to 1.
+Finding the ink of a digit is in ink.py, MNIST's convention in normaliser.py.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
-Grey = NDArray[np.float32]
-"""height×width, 0 to 1."""
+from mnist.data import IMAGE_SHAPE
+from mnist.evaluation.ink import find_digit
+from mnist.normaliser import INK_SIZE, normalise_digits
 
-LONGEST = 1024
-"""Pixels of the longer side of an image, to which larger ones are reduced before."""
+Mode = Literal["auto", "as-is", "mnist"]
 
-_LEAST_CONTRAST = 0.08  # of ink to its ground, as shares of the ground's light
-_LEAST_SIZE = 5  # pixels of the longer side of a digit, and in large images as a share of theirs:
-_LEAST_SHARE = 0.025
-_SCALES = (0.15, 0.3, 0.6)  # of the shorter side: what is darker over less is ink, else shadow
-_EIGHT = np.ones((3, 3), bool)  # neighbours
+AS_THEY_ARE, INVERTED, NORMALISED, WITHOUT_DIGIT = range(4)
+TREATMENTS = ("as they are", "inverted", "normalised", "without digit")
+"""What can become of an image, by number."""
 
+SAMPLES = 8
+"""Images of each treatment that are kept to be looked at."""
 
-@dataclass(frozen=True)
-class Digit:
-    """The ink of a digit that was found."""
-
-    ink: NDArray[np.uint8]
-    """height×width of the image; 0 wherever it is not this digit's."""
-    inverted: bool
-    """Whether the image has dark ink on a light ground."""
+_GROUND = 40  # of 255: more is ink, also where JPEG has spread some
+_LEAST_SIDE = 14  # pixels: of MNIST's 70,000 images all have an ink of 14 to 20
+_MIDDLE, _OFF = 14.5, 0.75  # of the barycentre: MNIST's are between 13.98 and 15.00
 
 
-def find_digit(image: NDArray[np.uint8]) -> Digit | None:
-    """The one digit of an image, or None if it shows nothing that could be one.
+@dataclass
+class Prepared:
+    """Images as the network gets them."""
+
+    images: NDArray[Any]
+    """n×28×28, uint8 of 0 to 255 or float32 of 0 to 1; blank where no digit is found."""
+    treatments: NDArray[np.int64]
+    """n, of ``TREATMENTS``."""
+    sources: dict[int, NDArray[np.uint8]] = field(default_factory=dict)
+    """By place among the n, the first few of each treatment but the first as they came:
+    height×width, or ×3."""
+
+
+def as_they_are(images: NDArray[Any]) -> Prepared:
+    """n×28×28, untouched."""
+    return Prepared(images, np.full(len(images), AS_THEY_ARE))
+
+
+def prepare(images: Iterable[NDArray[Any]], count: int, mode: Mode) -> Prepared:
+    """Make images what MNIST's are.
+
+    Under ``auto`` those of 28×28 that look like MNIST's stay as they are, to the bit, and those
+    that do once they are inverted are only that; under ``mnist`` every digit is normalised.
 
     Args:
-        image: height×width, or height×width×3, of any ground: darker or lighter than the ink, grey,
-            coloured, shadowed.
+        images: height×width or height×width×3, uint8, or height×width of floats of 0 to 1; of any
+            sizes, and all of one type.
+        count: how many they are, n.
+        mode: not ``as-is``.
     """
-    image = _without_margin(image)
-    values = image.astype(np.float32) / 255
-    grey = values if values.ndim == 2 else values.mean(2)
-    if min(grey.shape) < 3 or np.ptp(grey) < _LEAST_CONTRAST / 2:
-        return None
-    dark = is_ink_dark(grey)
-    ink = _ink(values if dark else 1 - values)
-    mask = _mask(ink)
-    if mask is None:
-        return None
-    mask = _digit_of(mask, ink)
-    if mask is None:
-        return None
-    return Digit(_graded(ink, mask), dark)
-
-
-# --------------------------------------------------------------------------- ground and polarity
-
-
-def _without_margin(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """What a frame of another ground surrounds, as a black square with a light digit on white
-    paper; else the image itself."""
-    grey = image if image.ndim == 2 else image.mean(2)
-    ring = np.concatenate([grey[0], grey[-1], grey[1:-1, 0], grey[1:-1, -1]])
-    margin = np.median(ring)
-    if np.abs(ring - margin).max() > 32:
-        return image
-    other = np.abs(grey - margin) > 96
-    if not other.any():
-        return image
-    box = ndimage.find_objects(other.astype(np.int8))[0]
-    inside = other[box]
-    edge = np.concatenate([inside[0], inside[-1], inside[:, 0], inside[:, -1]])
-    if min(inside.shape) < 10 or edge.mean() < 0.98 or not 0.5 < inside.mean() < 0.99:
-        return image
-    around = max(1, min(inside.shape) // 50)  # soft edges
-    return image[
-        box[0].start + around : box[0].stop - around, box[1].start + around : box[1].stop - around
-    ]
-
-
-def is_ink_dark(grey: Grey) -> bool:
-    """Whether strokes are darker than their ground.
-
-    Along the border of an image there is mostly ground. Where that is half light, half dark (a
-    digit that fills its image, a shadow): strokes are narrower than the ground between them, so that
-    a closing over little more than their width fills what is dark ink and an opening removes what
-    is light ink.
-    """
-    low, high = np.quantile(grey, (0.02, 0.98))
-    if high - low < _LEAST_CONTRAST:
-        low, high = grey.min(), grey.max()
-    ring = np.concatenate([grey[0], grey[-1], grey[1:-1, 0], grey[1:-1, -1]])
-    border = float(((ring - low) / (high - low)).clip(0, 1).mean())  # 1: light
-    if abs(border - 0.5) > 0.35:
-        return border > 0.5
-    padded = np.pad(grey, 2, mode="edge")
-    strokes = 0.0
-    for share in _SCALES[:2]:
-        size = max(3, round(share * min(grey.shape))) | 1
-        dark = np.square(ndimage.grey_closing(padded, (size, size)) - padded).sum()
-        light = np.square(padded - ndimage.grey_opening(padded, (size, size))).sum()
-        strokes += float((dark - light) / (dark + light + 1e-6))
-    return strokes + 3 * (border - 0.5) > 0
-
-
-def _ink(values: NDArray[np.float32]) -> Grey:
-    """How much darker than the ground around it each pixel is, of height×width or ×3, as a share of
-    the ground's light; of three colours that which shows the ink best."""
-    if values.ndim == 2:
-        return _level(values)
-    inks = [_level(values[..., channel]) for channel in range(3)]
-    return max(inks, key=lambda ink: _strongest(ink) / (_ground_of(ink)[1] + 0.02))
-
-
-def _level(values: Grey) -> Grey:
-    """Ink by the narrowest of the scales at which whatever is darkest counts as ink.
-
-    Over a narrow scale a shadow is ground; but so is the inside of a thick stroke.
-    """
-    around = max(2, min(values.shape) // 2)
-    inside = slice(around, -around), slice(around, -around)
-    values = _surrounded(values, around)
-    smooth = ndimage.uniform_filter(values, 3) if min(values.shape) > 128 else values
-    low, high = 1 - _strongest(1 - smooth), np.quantile(smooth, 0.9)
-    darkest = smooth <= low + 0.25 * (high - low)
-    ink = np.zeros_like(values)
-    for share in _SCALES:
-        size = max(3, round(share * min(values.shape))) | 1
-        ground = ndimage.grey_closing(smooth, (size, size), mode="nearest")
-        ground = ndimage.uniform_filter(ground, max(3, size // 2), mode="nearest")
-        ink = (1 - values / np.maximum(ground, 0.02)).clip(0, 1)
-        threshold = max(_otsu(ink), 0.35 * _strongest(ink))
-        if (ink[darkest] > threshold).mean() > 0.8 and threshold > _LEAST_CONTRAST:
-            break
-    return ink[inside]
-
-
-def _surrounded(values: Grey, around: int) -> Grey:
-    """With so many pixels more on each side, as light as the ground is there: what the border has,
-    less the ink that reaches it."""
-    bordered = values.copy()
-    for turned in (bordered, bordered.T):
-        for row in (turned[0], turned[-1]):
-            size = max(3, round(0.5 * len(row))) | 1
-            closed = ndimage.grey_closing(row, size, mode="nearest")
-            row[:] = np.maximum(closed, 0.6 * np.quantile(values, 0.9))
-    padded = np.pad(bordered, around, mode="edge")
-    padded[around:-around, around:-around] = values
-    return padded
-
-
-def _strongest(ink: Grey) -> float:
-    """How much ink the most inked have, one pixel of 2,000 and at least three."""
-    index = ink.size - max(3, ink.size // 2000)
-    return float(np.partition(ink, index, axis=None)[index])
-
-
-def _ground_of(ink: Grey) -> tuple[float, float]:
-    """The median of what is no ink, and its standard deviation."""
-    ground = ink[ink <= _otsu(ink)]
-    middle = float(np.median(ground))
-    return middle, float(1.4826 * np.median(np.abs(ground - middle)))
-
-
-def _otsu(ink: Grey) -> float:
-    """The threshold that separates two classes best (Otsu, 1979)."""
-    counts, edges = np.histogram(ink, 64, (0, 1))
-    middles = (edges[1:] + edges[:-1]) / 2
-    below, sums = counts.cumsum(), (counts * middles).cumsum()
-    above = below[-1] - below
-    with np.errstate(all="ignore"):
-        gap = sums / below - (sums[-1] - sums) / above
-        between = below * above * np.square(gap)
-    return float(edges[1 + np.nanargmax(between[:-1])])
-
-
-def _mask(ink: Grey) -> NDArray[np.bool_] | None:
-    """Where there is ink, or None if there is but ground and its noise."""
-    ground, noise = _ground_of(ink)
-    threshold = max(_otsu(ink), 0.35 * _strongest(ink), ground + 4 * noise, _LEAST_CONTRAST)
-    strong = ink > threshold
-    if not strong.any() or ink[strong].mean() - ground < max(1.5 * _LEAST_CONTRAST, 5 * noise):
-        return None
-    weak = ink > max(threshold / 2, ground + 3 * noise)
-    marks, _ = ndimage.label(weak, _EIGHT)
-    kept = np.unique(marks[strong])
-    return np.isin(marks, kept[kept > 0])
-
-
-# --------------------------------------------------------------------------------- which marks
-
-
-def _digit_of(mask: NDArray[np.bool_], ink: Grey) -> NDArray[np.bool_] | None:
-    """Of all ink that of the digit: the largest mark, and those that are as if they were its."""
-    mask = _without_lines(mask)
-    marks, count = ndimage.label(mask, _EIGHT)
-    if not count:
-        return None
-    boxes = ndimage.find_objects(marks)
-    height, width = mask.shape
-    areas = np.bincount(marks.ravel())[1:].astype(float)
-    weights, at_edge = areas.copy(), np.zeros(count, bool)
-    for index, (rows, columns) in enumerate(boxes):
-        at_edge[index] = (
-            rows.start == 0 or columns.start == 0 or rows.stop == height or columns.stop == width
-        )
-        middle = (rows.start + rows.stop) / 2 / height, (columns.start + columns.stop) / 2 / width
-        off = max(abs(middle[0] - 0.5), abs(middle[1] - 0.5))
-        weights[index] *= (0.3 if at_edge[index] and count > 1 else 1) * (1.2 - off)
-    main = int(weights.argmax())
-    rows, columns = boxes[main]
-    size = max(rows.stop - rows.start, columns.stop - columns.start)
-    if size < max(_LEAST_SIZE, _LEAST_SHARE * max(mask.shape)):
-        return None
-    kept, box = {main}, np.array([[part.start, part.stop] for part in boxes[main]])
-    others = [i for i in np.argsort(-areas).tolist() if i != main and areas[i] >= 0.01 * areas[main]]
-    grown = True
-    while grown:
-        grown = False
-        for index in others:
-            part = np.array([[side.start, side.stop] for side in boxes[index]])
-            gap = np.maximum(part[:, 0] - box[:, 1], box[:, 0] - part[:, 1]).max()
-            if index not in kept and gap <= (0.05 if at_edge[index] else 0.2) * size:
-                kept.add(index)
-                box = np.stack([np.minimum(box, part)[:, 0], np.maximum(box, part)[:, 1]], 1)
-                grown = True
-    return np.isin(marks, np.array(sorted(kept)) + 1)
-
-
-def _without_lines(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Without straight lines from border to border, as a form's box leaves them in a crop; but the
-    bar of a 2 that fills its image is none."""
-    result = mask.copy()
-    for turned in (result, result.T):  # lines downwards, then across
-        height, width = turned.shape
-        zone, end = max(1, round(0.15 * width)), max(1, height // 50)
-        whole = (turned.mean(0) > 0.7) & turned[:end].any(0) & turned[-end:].any(0)
-        for columns in (range(zone), range(width - 1, width - 1 - zone, -1)):
-            lines = [column for column in columns if whole[column]]
-            if not lines:
-                continue
-            inner, step = lines[-1], columns.step
-            line = slice(0, inner + 2) if step > 0 else slice(max(0, inner - 1), width)
-            rest = turned.copy()
-            rest[:, line] = False
-            rows = np.flatnonzero(rest.any(1))
-            if len(rows) and rows[-1] - rows[0] < 0.9 * height:
-                turned[:, line] = False
+    result = as_they_are(np.zeros((count, *IMAGE_SHAPE), np.uint8))
+    for place, image in enumerate(images):
+        if place == 0 and image.dtype != np.uint8:
+            result.images = result.images.astype(np.float32)
+        result.images[place], result.treatments[place] = _prepare_one(image, mode)
+        treatment = result.treatments[place]
+        earlier = np.count_nonzero(result.treatments[:place] == treatment)
+        if treatment != AS_THEY_ARE and earlier < SAMPLES:
+            result.sources[place] = _thumbnail(image)
     return result
 
 
-def _graded(ink: Grey, mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    """The ink of a mask and of its soft edge, full where strokes are."""
-    full = np.quantile(ink[mask], 0.75)
-    grown = ndimage.binary_dilation(mask, _EIGHT)
-    low = 0.15 * full
-    graded = ((ink - low) / (full - low)).clip(0, 1) * grown
-    return np.rint(graded * 255).astype(np.uint8)
+def _prepare_one(image: NDArray[Any], mode: Mode) -> tuple[NDArray[Any], int]:
+    """28×28 of the image's type, and its treatment."""
+    floats = image.dtype != np.uint8
+    if mode == "auto" and image.shape == IMAGE_SHAPE:
+        inverse = 1 - image if floats else 255 - image
+        like, inverted = look_like_mnist(np.stack([image, inverse]))
+        if like or inverted:
+            return (image, AS_THEY_ARE) if like else (inverse, INVERTED)
+    pixels = _bytes(image)
+    if pixels.max() == 1:  # ink in bytes of 0 and 1
+        pixels = pixels * np.uint8(255)
+    digit = find_digit(pixels)
+    if digit is None:
+        return np.zeros(IMAGE_SHAPE, image.dtype), WITHOUT_DIGIT
+    made = normalise_digits([digit.ink]).images[0]
+    return made / np.float32(255) if floats else made, NORMALISED
+
+
+def _bytes(image: NDArray[Any]) -> NDArray[np.uint8]:
+    return image if image.dtype == np.uint8 else np.rint(image * 255).astype(np.uint8)
+
+
+def _thumbnail(image: NDArray[Any], most: int = 112) -> NDArray[np.uint8]:
+    """The image in at most so many pixels of height and width."""
+    from PIL import Image
+
+    small = Image.fromarray(_bytes(image))
+    small.thumbnail((most, most))
+    return np.asarray(small)
+
+
+def look_like_mnist(images: NDArray[Any]) -> NDArray[np.bool_]:
+    """Which of n×28×28 are light ink on a ground of 0, of MNIST's size and at MNIST's place.
+
+    All of MNIST's own do.
+    """
+    ink = images.astype(np.float32)
+    if images.dtype != np.uint8:
+        ink *= 255
+    inked = ink > _GROUND
+    rows, columns = inked.any(2), inked.any(1)
+    sides = [side.shape[1] - side[:, ::-1].argmax(1) - side.argmax(1) for side in (rows, columns)]
+    longest = np.where(rows.any(1), np.maximum(*sides), 0)
+    places = np.arange(IMAGE_SHAPE[0]) + 0.5
+    sums = np.maximum(ink.sum((1, 2)), 1)
+    middles = np.stack([ink.sum(2) @ places, ink.sum(1) @ places]) / sums
+    return np.logical_and.reduce(
+        [
+            (longest >= _LEAST_SIDE) & (longest <= INK_SIZE),
+            (np.abs(middles - _MIDDLE) < _OFF).all(0),
+            ink.max((1, 2)) > 200,
+            inked.mean((1, 2)) < 0.55,
+        ]
+    )

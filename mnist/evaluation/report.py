@@ -4,6 +4,7 @@ Plain NumPy: scoring is in scoring.py, the looks of the page in page.py.
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ import psutil
 from numpy.typing import NDArray
 
 from mnist.cli import InputError
+from mnist.evaluation.preparation import AS_THEY_ARE, SAMPLES, TREATMENTS, WITHOUT_DIGIT
 from mnist.runs.reports import PREDICTIONS_COLUMNS
 from mnist.system import flush_to_disk, write_file
 
@@ -30,6 +32,7 @@ DISPUTED_TEST_LABELS = (
 """Images of MNIST's test set whose labels human raters did not confirm (Northcutt et al. 2021,
 labelerrors.com)."""
 
+_LEVELS = 180  # of confidence, 20 for each further 9 (0.9, 0.99, …): for the curve over coverage
 _BINS = 15  # of the calibration error, as in Guo et al. 2017
 _EXAMPLES = 24  # of the most confident mistakes, and of the least confident predictions
 
@@ -41,18 +44,25 @@ class Tally:
     """Sums over the images scored so far, all in one vector that ranks can add up."""
 
     def __init__(self) -> None:
-        self.sums = np.zeros(10 + 100 + 3 * _BINS + 3)
-        cuts = np.cumsum([10, 100, 3 * _BINS])
-        self.predicted, confusion, bins, rest = np.split(self.sums, cuts)  # views
-        self.confusion = confusion.reshape(10, 10)  # label, prediction
-        self.bins = bins.reshape(_BINS, 3)  # images, correct, sum of confidences
-        self.rest = rest  # cross-entropy; disputed images, and of these correct
+        parts = [10, 100, 3 * _BINS, 3, len(TREATMENTS), 10, 3, 2 * _LEVELS]
+        self.sums = np.zeros(sum(parts))
+        views = iter(np.split(self.sums, np.cumsum(parts)[:-1]))
+        self.predicted = next(views)
+        self.confusion = next(views).reshape(10, 10)  # label, prediction
+        self.bins = next(views).reshape(_BINS, 3)  # images, correct, sum of confidences
+        self.rest = next(views)  # cross-entropy; disputed images, and of these correct
+        self.treatments = next(views)
+        self.unseen = next(views)  # by label: images without a digit
+        self.accepted = next(views)  # all; of these labelled; of these correct
+        self.levels = next(views).reshape(_LEVELS, 2)  # labelled, correct; by rising confidence
 
     def add(
         self,
         labels: NDArray[np.int64],
         log_probabilities: NDArray[np.float32],
         disputed: NDArray[np.bool_],
+        treatments: NDArray[np.int64] | None = None,
+        threshold: float | None = None,
     ) -> None:
         """Count n images.
 
@@ -60,8 +70,24 @@ class Tally:
             labels: n; -1 where unknown, which leaves only the prediction to count.
             log_probabilities: n×10.
             disputed: n; whether the label is a disputed one.
+            treatments: n; by default the images are as they are. Those without a digit have no
+                prediction, whatever the probabilities.
+            threshold: the confidence from which on a prediction is accepted, if any is.
         """
+        if treatments is None:
+            treatments = np.full(len(labels), AS_THEY_ARE)
+        self.treatments += np.bincount(treatments, minlength=len(TREATMENTS))
+        found = treatments != WITHOUT_DIGIT
+        if not found.all():
+            unseen = labels[~found]
+            self.unseen += np.bincount(unseen[unseen >= 0], minlength=10)
+            self.rest[0] += np.log(10) * (unseen >= 0).sum()  # all digits are as likely
+            labels, log_probabilities, disputed = labels[found], log_probabilities[found], disputed[found]
         predictions = log_probabilities.argmax(1)
+        if threshold is not None:
+            accepted = np.exp(log_probabilities.max(1)) >= threshold
+            right = accepted & (labels == predictions)
+            self.accepted += (accepted.sum(), (accepted & (labels >= 0)).sum(), right.sum())
         self.predicted += np.bincount(predictions, minlength=10)
         known = labels >= 0
         if not known.all():
@@ -75,6 +101,10 @@ class Tally:
         self.rest += (loss, disputed.sum(), correct[disputed].sum())
 
         confidences = np.exp(log_probabilities.max(1)).astype(np.float64)
+        doubts = -np.log10(np.maximum(1 - confidences, 1e-9))  # 0.9 is 1, 0.99 is 2
+        level = (doubts * (_LEVELS / 9)).astype(int).clip(0, _LEVELS - 1)
+        for column, values in enumerate((None, correct)):
+            self.levels[:, column] += np.bincount(level, values, minlength=_LEVELS)
         which = np.ceil(confidences * _BINS).astype(int).clip(1, _BINS) - 1
         for column, values in enumerate((None, correct, confidences)):
             self.bins[:, column] += np.bincount(which, values, minlength=_BINS)
@@ -82,7 +112,8 @@ class Tally:
 
 def figures(tally: Tally) -> dict[str, Any]:
     """The figures of ``report.json`` that come from the sums: docs/evaluate.md lists its fields."""
-    scored, labelled = int(tally.predicted.sum()), int(tally.confusion.sum())
+    scored = int(tally.treatments.sum())
+    labelled = int(tally.confusion.sum() + tally.unseen.sum())
     known: dict[str, Any] = dict.fromkeys(
         "correct accuracy accuracy_interval_95 cross_entropy without_disputed_labels "
         "confusion_matrix calibration confusions".split()
@@ -106,8 +137,38 @@ def figures(tally: Tally) -> dict[str, Any]:
         known["confusions"] = [
             {"label": i, "prediction": j, "number": int(confusion[i, j])} for i, j in pairs[:10]
         ]
-    digits = _digits(tally.confusion if labelled else None, tally.predicted)
-    return {"scored": scored, "labelled": labelled} | known | {"digits": digits}
+    digits = _digits(tally.confusion if labelled else None, tally.predicted, tally.unseen)
+    treated = dict(zip(TREATMENTS, tally.treatments.astype(int).tolist(), strict=True))
+    prepared = {name.replace(" ", "_"): number for name, number in treated.items()}
+    counts = {"scored": scored, "without_digit": prepared.pop("without_digit"), "labelled": labelled}
+    return counts | {"prepared": prepared} | known | {"digits": digits}
+
+
+def acceptance(tally: Tally, threshold: float) -> dict[str, Any]:
+    """How many predictions a model accepts, and how good they are: shares of nothing are None.
+
+    The curve has accuracy over coverage: of the labelled images that are accepted from a confidence
+    on. Those without a digit never are.
+    """
+    scored = tally.treatments.sum()
+    accepted, known, right = tally.accepted.astype(int).tolist()
+    labelled = tally.confusion.sum() + tally.unseen.sum()
+    curve = []
+    for level, (number, correct) in enumerate(tally.levels[::-1].cumsum(0)):
+        if tally.levels[_LEVELS - 1 - level, 0]:
+            confidence = 1 - 10 ** (-9 * (_LEVELS - 1 - level) / _LEVELS)
+            row = {"confidence": confidence, "coverage": number / labelled}
+            curve.append(row | {"accuracy": correct / number})
+    return {
+        "threshold": threshold,
+        "accepted": accepted,
+        "share": float(accepted / scored),
+        "labelled": known,
+        "correct": right,
+        "accuracy": right / known if known else None,
+        "accuracy_interval_95": wilson_interval(right, known) if known else None,
+        "curve": curve,
+    }
 
 
 def _accuracy(correct: int, number: int) -> dict[str, Any]:
@@ -126,7 +187,9 @@ def wilson_interval(correct: int, number: int) -> tuple[float, float]:
     return (center - spread) / (number + z**2), (center + spread) / (number + z**2)
 
 
-def _digits(confusion: NDArray[Any] | None, predicted: NDArray[Any]) -> list[dict[str, Any]]:
+def _digits(
+    confusion: NDArray[Any] | None, predicted: NDArray[Any], unseen: NDArray[Any]
+) -> list[dict[str, Any]]:
     """Per digit; a share of nothing is None."""
     digits = []
     for digit in range(10):
@@ -135,7 +198,7 @@ def _digits(confusion: NDArray[Any] | None, predicted: NDArray[Any]) -> list[dic
             row |= dict.fromkeys(("precision", "recall", "f1", "support"))
         else:
             right = confusion[digit, digit]
-            claimed, support = confusion[:, digit].sum(), confusion[digit].sum()
+            claimed, support = confusion[:, digit].sum(), confusion[digit].sum() + unseen[digit]
             row["precision"] = float(right / claimed) if claimed else None
             row["recall"] = float(right / support) if support else None
             row["f1"] = float(2 * right / (claimed + support)) if claimed + support else None
@@ -168,31 +231,48 @@ class Example:
     index: int
     file: str | None
     label: int | None
-    prediction: int
-    confidence: float
-    image: NDArray[np.uint8]  # 28×28
+    prediction: int | None  # None without a digit
+    confidence: float | None
+    image: NDArray[np.uint8]  # 28×28, as the network gets it
+    treatment: int = AS_THEY_ARE
+    source: NDArray[np.uint8] | None = None  # a small copy of the image as it came, if kept
 
     def row(self) -> dict[str, Any]:
         """As ``report.json`` has it."""
         values = dataclasses.asdict(self)
-        del values["image"]
+        del values["image"], values["source"]
+        values["treatment"] = TREATMENTS[self.treatment]
         if self.file is None:
             del values["file"]
         return values
 
 
 class Examples:
-    """The most confident mistakes and the least confident predictions so far, 24 of each."""
+    """The most confident mistakes and the least confident predictions so far, 24 of each; and the
+    first images of each treatment, ``SAMPLES`` of each."""
 
     def __init__(self) -> None:
         self.mistakes: list[Example] = []
         self.least_confident: list[Example] = []
+        self.prepared: list[Example] = []
 
-    def add(self, mistakes: Iterable[Example], least_confident: Iterable[Example]) -> None:
+    def add(
+        self,
+        mistakes: Iterable[Example],
+        least_confident: Iterable[Example],
+        prepared: Iterable[Example] = (),
+    ) -> None:
         """Keep those of the given ones that belong here; the lower index first in a tie."""
         one, other = [*self.mistakes, *mistakes], [*self.least_confident, *least_confident]
-        self.mistakes = sorted(one, key=lambda e: (-e.confidence, e.index))[:_EXAMPLES]
-        self.least_confident = sorted(other, key=lambda e: (e.confidence, e.index))[:_EXAMPLES]
+        self.mistakes = sorted(one, key=lambda e: (-(e.confidence or 0), e.index))[:_EXAMPLES]
+        self.least_confident = sorted(other, key=lambda e: (e.confidence or 0, e.index))[:_EXAMPLES]
+        treated = sorted([*self.prepared, *prepared], key=lambda e: (-e.treatment, e.index))
+        groups = itertools.groupby(treated, key=lambda e: e.treatment)
+        self.prepared = [e for _, group in groups for e in itertools.islice(group, SAMPLES)]
+
+    def all(self) -> list[Example]:
+        """Whose pictures a page shows."""
+        return self.mistakes + self.least_confident + self.prepared
 
 
 def candidates(
@@ -208,9 +288,10 @@ def candidates(
 # ------------------------------------------------------------------------------------------ rows
 
 
-def csv_header(with_files: bool) -> str:
+def csv_header(with_files: bool, with_accepted: bool) -> str:
     """The first line of ``predictions.csv``."""
-    return ",".join([*PREDICTIONS_COLUMNS] + ["file"] * with_files) + "\n"
+    more = ["accepted"] * with_accepted + ["file"] * with_files
+    return ",".join([*PREDICTIONS_COLUMNS, *more]) + "\n"
 
 
 def csv_rows(
@@ -218,6 +299,8 @@ def csv_rows(
     labels: NDArray[np.int64],
     probabilities: NDArray[np.float32],
     files: Sequence[str] | None,
+    found: NDArray[np.bool_] | None = None,
+    threshold: float | None = None,
 ) -> bytes:
     """Lines of ``predictions.csv`` for n images; float32 values in the fewest digits that keep
     them. orjson writes 1,000,000 lines in 1.5 s; np.savetxt would take 50.
@@ -227,18 +310,24 @@ def csv_rows(
         labels: n; -1 where unknown.
         probabilities: n×10.
         files: n names, if the images have any.
+        found: n; whether there is a digit. Without one, what depends on it is empty.
+        threshold: the confidence from which on a prediction is ``accepted``, 1 or else 0; without
+            one there is no such column.
     """
-    predictions = probabilities.argmax(1)
-    values = np.column_stack([probabilities.max(1), probabilities])
+    predictions, confidences = probabilities.argmax(1).tolist(), probabilities.max(1)
+    values = np.column_stack([confidences, probabilities])
     numbers = orjson.dumps(values, option=orjson.OPT_SERIALIZE_NUMPY)[2:-2].decode().split("],[")
     known = [str(label) if label >= 0 else "" for label in labels.tolist()]
-    columns = (indices.tolist(), known, predictions.tolist(), numbers)
-    if files is None:
-        lines = [f"{i},{k},{p},{n}\n" for i, k, p, n in zip(*columns, strict=True)]
-    else:
-        lines = [
-            f"{i},{k},{p},{n},{_quoted(f)}\n" for i, k, p, n, f in zip(*columns, files, strict=True)
-        ]
+    ends = [""] * len(known)
+    if threshold is not None:
+        ends = [",1" if accepted else ",0" for accepted in (confidences >= threshold).tolist()]
+    for row in [] if found is None else np.flatnonzero(~found).tolist():
+        predictions[row], numbers[row] = "", "," * 10
+        ends[row] = ",0" if threshold is not None else ""
+    if files is not None:
+        ends = [f"{end},{_quoted(file)}" for end, file in zip(ends, files, strict=True)]
+    columns = (indices.tolist(), known, predictions, numbers, ends)
+    lines = [f"{i},{k},{p},{n}{e}\n" for i, k, p, n, e in zip(*columns, strict=True)]
     return "".join(lines).encode(errors="surrogateescape")
 
 

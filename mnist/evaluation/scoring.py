@@ -12,7 +12,6 @@ from typing import IO, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from tqdm import tqdm
 
 from mnist.cli import InputError
@@ -28,6 +27,7 @@ from mnist.evaluation.report import (
     csv_header,
     csv_rows,
 )
+from mnist.evaluation.preparation import WITHOUT_DIGIT, Prepared
 from mnist.evaluation.suspicions import Suspicions, suspicion_warnings
 from mnist.model import MLP
 from mnist.pace import Pace
@@ -35,6 +35,7 @@ from mnist.pace import Pace
 # Processes exchange how far they are after so many batches: often enough for a progress display,
 # and so that none waits for another longer than a collective may take.
 _ROUND_BATCHES = 8
+_FILES_AT_ONCE = 16
 _SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -66,9 +67,13 @@ def score(
     Raises:
         InputError: images are damaged, a row cannot be written, the model's output is no number.
     """
+    if inputs.mode != "as-is" and inputs.files is not None:  # a photo may take a second
+        batch_size, round_batches = min(batch_size, _FILES_AT_ONCE), 1
+    else:
+        round_batches = _ROUND_BATCHES
     batches = math.ceil(len(inputs) / batch_size)
     share = range(batches)[rank_slice(batches, world.rank, world.size)]
-    rounds = math.ceil(math.ceil(batches / world.size) / _ROUND_BATCHES)  # of the largest share
+    rounds = math.ceil(math.ceil(batches / world.size) / round_batches)  # of the largest share
     scorer = _Scorer(model.to(world.device, world.precision), inputs, world, part)
     sizes = {min(batch_size, len(inputs)), len(inputs) % batch_size} - {0}
     pace = Pace(
@@ -79,7 +84,7 @@ def score(
         world.from_all(scorer.open, prepares=True)
         for turn in range(rounds):
 
-            def work(numbers: range = share[turn * _ROUND_BATCHES :][:_ROUND_BATCHES]) -> int:
+            def work(numbers: range = share[turn * round_batches :][:round_batches]) -> int:
                 for number in numbers:
                     start, began = number * batch_size, time.perf_counter()
                     scorer.score(start, min(start + batch_size, len(inputs)))
@@ -89,7 +94,7 @@ def score(
             show(sum(world.from_all(work, prepares=turn == 0)))
         world.from_all(scorer.close)
     scores = scorer.together()
-    scored = int(scores.tally.predicted.sum())
+    scored = int(scores.tally.treatments.sum())
     if scored != len(inputs):
         raise RuntimeError(f"scored {scored:,} of {len(inputs):,} images")
     return scores
@@ -118,7 +123,7 @@ class _Scorer:
             with self._writing():
                 self._file = self.part.open("wb", 1 << 20)
                 if self.world.is_main:
-                    self._file.write(csv_header(self.inputs.files is not None).encode())
+                    self._file.write(csv_header(self.inputs.files is not None, self.model.doubt is not None).encode())
 
     def close(self) -> None:
         """End it."""
@@ -138,48 +143,55 @@ class _Scorer:
 
     def score(self, start: int, stop: int) -> None:
         """Score the images from ``start`` to ``stop``."""
-        images, labels = self.inputs.images(start, stop), self.inputs.labels(start, stop)
-        indices = self.inputs.indices(start, stop)
-        self.suspicions.look(images, start)
+        prepared, labels = self.inputs.prepared(start, stop), self.inputs.labels(start, stop)
+        images, indices = prepared.images, self.inputs.indices(start, stop)
+        if self.inputs.mode == "as-is":
+            self.suspicions.look(images, start)
         log_probabilities = predict(self.model, images, self.world)
         if not np.isfinite(log_probabilities).all():
             raise InputError(f"the model's output for images {start} to {stop - 1} is not finite")
         disputed = np.zeros(len(indices), bool)
         if self.inputs.is_mnist_test:
             disputed = np.isin(indices, DISPUTED_TEST_LABELS)
-        self.tally.add(labels, log_probabilities, disputed)
+        accepts = None if self.model.doubt is None else self.model.doubt.threshold
+        self.tally.add(labels, log_probabilities, disputed, prepared.treatments, accepts)
         probabilities = np.exp(log_probabilities)
         files = None if self.inputs.files is None else self.inputs.files[start:stop]
         if self._file is not None:
-            rows = csv_rows(indices, labels, probabilities, files)
+            found = prepared.treatments != WITHOUT_DIGIT
+            rows = csv_rows(indices, labels, probabilities, files, found, accepts)
             with self._writing():
                 self._file.write(rows)
-        self._keep_examples(images, labels, indices, probabilities, files)
+        self._keep_examples(prepared, labels, indices, probabilities, files)
         self.images += stop - start
 
     def _keep_examples(
         self,
-        images: NDArray[Any],
+        prepared: Prepared,
         labels: NDArray[np.int64],
         indices: NDArray[np.int64],
         probabilities: NDArray[np.float32],
         files: Sequence[str] | None,
     ) -> None:
         predictions, confidences = probabilities.argmax(1), probabilities.max(1)
+        found = np.flatnonzero(prepared.treatments != WITHOUT_DIGIT)
 
         def example(position: int) -> Example:
-            image = images[position]
+            image, treatment = prepared.images[position], int(prepared.treatments[position])
             return Example(
                 index=int(indices[position]),
                 file=None if files is None else files[position],
                 label=int(labels[position]) if labels[position] >= 0 else None,
-                prediction=int(predictions[position]),
-                confidence=float(confidences[position]),
+                prediction=int(predictions[position]) if treatment != WITHOUT_DIGIT else None,
+                confidence=float(confidences[position]) if treatment != WITHOUT_DIGIT else None,
+                treatment=treatment,
+                source=prepared.sources.get(position),
                 image=image if image.dtype == np.uint8 else np.rint(image * 255).astype(np.uint8),
             )
 
-        mistakes, least = candidates(labels, predictions, confidences)
-        self.examples.add(map(example, mistakes), map(example, least))
+        chosen = candidates(labels[found], predictions[found], confidences[found])
+        mistakes, least = (map(example, found[part].tolist()) for part in chosen)
+        self.examples.add(mistakes, least, map(example, prepared.sources))
 
     def together(self) -> Scores:
         """The sums over all ranks, on every rank."""
@@ -190,10 +202,17 @@ class _Scorer:
             sums.copy_(reduced)
         examples, suspicions = Examples(), Suspicions()
         for found, suspected in self.world.from_all(lambda: (self.examples, self.suspicions)):
-            examples.add(found.mistakes, found.least_confident)
+            examples.add(found.mistakes, found.least_confident, found.prepared)
             suspicions.counts += suspected.counts
             suspicions.first_dark = min(suspicions.first_dark, suspected.first_dark)
-        warnings = suspicion_warnings(suspicions.counts, suspicions.first_dark, self.inputs)
+        warnings = []
+        if self.inputs.mode == "as-is":
+            warnings = suspicion_warnings(suspicions.counts, suspicions.first_dark, self.inputs)
+        if without := int(self.tally.treatments[WITHOUT_DIGIT]):
+            warnings.append(
+                f"no digit was found in {without} of {len(self.inputs)} images: their predictions "
+                "are empty"
+            )
         return Scores(
             tally=self.tally,
             examples=examples,
@@ -209,16 +228,18 @@ def _noise(count: int) -> NDArray[np.uint8]:
 
 
 @torch.inference_mode()
-def predict(model: Callable[[Tensor], Tensor], images: NDArray[Any], world: World) -> NDArray[Any]:
+def predict(model: MLP, images: NDArray[Any], world: World) -> NDArray[Any]:
     """Logarithms of the ten probabilities, n×10 float32.
 
     Args:
-        model: on the world's device, in its precision.
+        model: on the world's device, in its precision; if it has a temperature, it is applied.
         images: n×28×28, uint8 of 0 to 255 or float32 of 0 to 1.
         world: says device and precision.
     """
     pixels = torch.from_numpy(images).to(world.device)
     logits = model(normalise(pixels, world.precision)).float()
+    if model.doubt is not None:
+        logits /= model.doubt.temperature
     return logits.log_softmax(1).cpu().numpy()
 
 

@@ -8,6 +8,7 @@ import hashlib
 import heapq
 import json
 import os
+import struct
 from pathlib import Path
 from typing import Any, Literal
 
@@ -72,6 +73,12 @@ def images_of_split(split: str) -> str:
 def headline(report: dict[str, Any]) -> dict[str, Any]:
     """The numbers by which runs are compared, by name."""
     named: dict[str, Any] = {"scored": report["scored"]}
+    if report.get("without_digit"):  # reports of earlier versions lack it
+        named["without_digit"] = report["without_digit"]
+    if accepted := report.get("acceptance"):
+        named["accepted"] = accepted["share"]
+        if accepted["labelled"]:
+            named["accuracy_of_accepted"] = accepted["accuracy"]
     if report["labelled"]:
         low, high = report["accuracy_interval_95"]
         named |= {"accuracy": report["accuracy"], "accuracy_low": low, "accuracy_high": high}
@@ -85,11 +92,12 @@ def headline(report: dict[str, Any]) -> dict[str, Any]:
 
 def telling_predictions(path: Path, number: int) -> list[dict[str, str]]:
     """Rows of a ``predictions.csv``: the most confident mistakes first, then the least confident of
-    the others."""
+    the others; those without a prediction come with the least confident."""
 
     def order(row: dict[str, str]) -> tuple[bool, float]:
-        wrong = bool(row["label"]) and row["label"] != row["prediction"]
-        confidence = float(row["confidence"])
+        predicted = bool(row["prediction"])
+        wrong = predicted and bool(row["label"]) and row["label"] != row["prediction"]
+        confidence = float(row["confidence"] or 0)
         return not wrong, -confidence if wrong else confidence
 
     with path.open(newline="", errors="surrogateescape") as file:
@@ -98,7 +106,11 @@ def telling_predictions(path: Path, number: int) -> list[dict[str, str]]:
 
 def mapped_images(path: Path) -> NDArray[np.uint8] | None:
     """The images of an IDX file that a report is on, n×28×28; None of any other."""
-    if not path.is_file() or path.open("rb").read(4) != b"\0\0\x08\x03":
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        begin = file.read(16)
+    if begin[:4] != b"\0\0\x08\x03" or begin[8:] != struct.pack(">2I", 28, 28):
         return None
     return np.memmap(path, np.uint8, "r", 16).reshape(-1, 28, 28)
 

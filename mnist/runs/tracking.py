@@ -248,8 +248,9 @@ class _Session:
             if pictures is not None:
                 image = self.wandb.Image(Image.fromarray(255 - pictures[int(row["index"])]))
             label = int(row["label"]) if row["label"] else None
-            digits = int(row["index"]), label, int(row["prediction"])
-            table.add_data(image, *digits, float(row["confidence"]))
+            prediction = int(row["prediction"]) if row["prediction"] else None
+            confidence = float(row["confidence"]) if row["confidence"] else None
+            table.add_data(image, int(row["index"]), label, prediction, confidence)
         return table
 
     def _log_last(self, shown: dict[str, Any]) -> None:

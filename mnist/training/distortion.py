@@ -112,8 +112,8 @@ class Distortion:
         if self._config.thickness:
             ink = _redraw(ink, self.strokes(step, batch_size)[rows].to(images.device))
         moved = functional.grid_sample(ink[:, None], grid, align_corners=False)[:, 0]
-        if self._config.contrast:
-            moved = _focus(moved, self.contrasts(step, batch_size)[rows].to(images.device))
+        if self._config.sharpness:
+            moved = _focus(moved, self.sharpnesses(step, batch_size)[rows].to(images.device))
         return moved.flatten(1).add_(_GROUND).to(images.dtype)
 
     def weights(self, step: int, batch_size: int) -> Tensor:
@@ -147,10 +147,10 @@ class Distortion:
         uniform = torch.rand(batch_size, generator=self._generator("strokes", step))
         return (2 * uniform - 1) * self._config.thickness
 
-    def contrasts(self, step: int, batch_size: int) -> Tensor:
+    def sharpnesses(self, step: int, batch_size: int) -> Tensor:
         """How much sharper than it is each image gets, ``batch_size``; below 0 it is blurred."""
-        uniform = torch.rand(batch_size, generator=self._generator("contrasts", step))
-        return (2 * uniform - 1) * self._config.contrast
+        uniform = torch.rand(batch_size, generator=self._generator("sharpness", step))
+        return (2 * uniform - 1) * self._config.sharpness
 
     def _generator(self, purpose: str, step: int) -> torch.Generator:
         return torch.Generator().manual_seed(derived_seed(self._config.seed, purpose, step))

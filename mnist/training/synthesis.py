@@ -337,7 +337,7 @@ def other_hands(
 def synthesise(images: Tensor, labels: Tensor, config: TrainConfig) -> tuple[Tensor, Tensor]:
     """The training images N×28×28 and labels N, followed by what the settings add to them."""
     digits, all_images, all_labels = (images.numpy(), labels.numpy()), [images], [labels]
-    if count := round(config.hands * len(labels)):
+    if count := round(config.other_hands * len(labels)):
         made, known = other_hands(*digits, count, config.seed)
         all_images.append(torch.from_numpy(made))
         all_labels.append(torch.from_numpy(known))
