@@ -10,6 +10,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +39,8 @@ class Normalised:
 
     def to_source(self, index: int, points: NDArray[np.float64]) -> NDArray[np.float64]:
         """Points of a 28×28 image, k×2, down and to the right from its corner, in its source."""
-        return self.origins[index] + self.scales[index] * points
+        source: NDArray[np.float64] = self.origins[index] + self.scales[index] * points
+        return source
 
 
 def normalise_digits(
@@ -84,17 +86,17 @@ def _boxes(
     """Top, left, height and width of the ink, n×4; heights and widths of 0 where there is none."""
     if isinstance(inks, np.ndarray) and len(inks):
         found = inks if masks is None else inks * masks
-        rows, columns = found.any(2), found.any(1)
-        return np.stack([*_extent(rows), *_extent(columns)], 1)[:, [0, 2, 1, 3]]
+        extents = [_extent(np.any(found, axis)) for axis in (2, 1)]
+        return np.stack([*extents[0], *extents[1]], 1)[:, [0, 2, 1, 3]]
     boxes = np.zeros((len(inks), 4), np.int64)
     for index, ink in enumerate(inks):
         found = ink if masks is None else ink * masks[index]
-        rows, columns = _extent(found.any(1)[None]), _extent(found.any(0)[None])
-        boxes[index] = rows[0][0], columns[0][0], rows[1][0], columns[1][0]
+        extents = [_extent(np.any(found, axis)[None]) for axis in (1, 0)]
+        boxes[index] = [extent[part][0] for part in (0, 1) for extent in extents]
     return boxes
 
 
-def _extent(occupied: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _extent(occupied: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The first True of each row of n×k, and how many places there are from it to the last."""
     if not occupied.shape[1]:
         return np.zeros(len(occupied), np.int64), np.zeros(len(occupied), np.int64)
@@ -124,15 +126,17 @@ def _weights(side: int) -> NDArray[np.float32]:
             weights[first : last + 1, pixel] = 1
             weights[first, pixel] = first + 1 - start
             weights[last, pixel] = stop - last
-    return weights.reshape(INK_SIZE, side, doubled // side).sum(2).astype(np.float32)
+    result: NDArray[np.float32] = weights.reshape(INK_SIZE, side, -1).sum(2).astype(np.float32)
+    return result
 
 
 def _resample(squares: NDArray[np.float32]) -> NDArray[np.uint8]:
     """n×side×side as n×20×20; if none of it is fully inked, the most is made so."""
     weights = _weights(squares.shape[1])
-    small = weights @ squares @ weights.T
+    small: NDArray[Any] = weights @ squares @ weights.T
     full = np.clip(small.max((1, 2), keepdims=True), 1, 255)
-    return np.floor(np.minimum(small * (255 / full), 255) + 0.5).astype(np.uint8)
+    digits: NDArray[np.uint8] = np.floor(small * (255 / full) + 0.5).clip(0, 255).astype(np.uint8)
+    return digits
 
 
 def _place(digits: NDArray[np.uint8]) -> NDArray[np.int64]:
@@ -140,7 +144,8 @@ def _place(digits: NDArray[np.uint8]) -> NDArray[np.int64]:
     sums = digits.sum(2, dtype=np.float64), digits.sum(1, dtype=np.float64)
     middles = np.arange(INK_SIZE) + 0.5
     barycentres = np.stack([sums[0] @ middles, sums[1] @ middles], 1) / sums[0].sum(1)[:, None]
-    return np.trunc(15 - barycentres).astype(np.int64)
+    places: NDArray[np.int64] = np.trunc(15 - barycentres).astype(np.int64)
+    return places
 
 
 def _paste(
@@ -154,5 +159,8 @@ def _paste(
     for down, right in np.unique(places, axis=0).tolist():
         here = (places == (down, right)).all(1)
         inside = [slice(max(0, -o), min(INK_SIZE, size - o)) for o in (down, right)]
-        onto = [slice(o + part.start, o + part.stop) for o, part in zip((down, right), inside, strict=True)]
+        onto = [
+            slice(o + part.start, o + part.stop)
+            for o, part in zip((down, right), inside, strict=True)
+        ]
         images[chosen[here], onto[0], onto[1]] = digits[here, inside[0], inside[1]]

@@ -134,7 +134,9 @@ def _decode(path: Path, any_size: bool) -> NDArray[np.uint8]:
             image.draft(None, (LONGEST, LONGEST))  # JPEG is decoded in part
             pixels = _in_8_bits(image, path)
             if not any_size:
-                return pixels if pixels.ndim == 2 else np.asarray(Image.fromarray(pixels).convert("L"))
+                return (
+                    pixels if pixels.ndim == 2 else np.asarray(Image.fromarray(pixels).convert("L"))
+                )
             orientation = image.getexif().get(_ORIENTATION, 1)
     except InputError:
         raise
@@ -155,7 +157,9 @@ def _in_8_bits(image: "Image.Image", path: Path) -> NDArray[np.uint8]:
     if image.mode in ("I", "F"):
         raise InputError(f"{path}: expected 8 or 16 bits per pixel, found 32")
     if image.has_transparency_data:
-        return _on_ground(np.asarray(image.convert("RGBA")), np.asarray(image.convert("RGBA").convert("L")))
+        return _on_ground(
+            np.asarray(image.convert("RGBA")), np.asarray(image.convert("RGBA").convert("L"))
+        )
     if image.mode in ("1", "L"):
         return np.asarray(image.convert("L"))
     colours = np.asarray(image.convert("RGB"))

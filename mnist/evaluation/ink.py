@@ -5,12 +5,13 @@ a name says share; ink is from 0, none, to 1.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-Grey = NDArray[np.float32]
+Grey = NDArray[np.floating[Any]]
 """height×width, 0 to 1."""
 
 LONGEST = 1024
@@ -85,9 +86,9 @@ def is_ink_dark(grey: Grey) -> bool:
     """Whether strokes are darker than their ground.
 
     Along the border of an image there is mostly ground. Where that is half light, half dark (a
-    digit that fills its image, a shadow): strokes are narrower than the ground between them, so that
-    a closing over little more than their width fills what is dark ink and an opening removes what
-    is light ink.
+    digit that fills its image, a shadow): strokes are narrower than the ground between them, so
+    that a closing over little more than their width fills what is dark ink and an opening removes
+    what is light ink.
     """
     low, high = np.quantile(grey, (0.02, 0.98))
     if high - low < _LEAST_CONTRAST:
@@ -106,7 +107,7 @@ def is_ink_dark(grey: Grey) -> bool:
     return strokes + 3 * (border - 0.5) > 0
 
 
-def _ink(values: NDArray[np.float32]) -> Grey:
+def _ink(values: Grey) -> Grey:
     """How much darker than the ground around it each pixel is, of height×width or ×3, as a share of
     the ground's light; of three colours that which shows the ink best."""
     if values.ndim == 2:
@@ -216,7 +217,9 @@ def _digit_of(mask: NDArray[np.bool_], ink: Grey) -> NDArray[np.bool_] | None:
     if size < max(_LEAST_SIZE, _LEAST_SHARE * max(mask.shape)):
         return None
     kept, box = {main}, np.array([[part.start, part.stop] for part in boxes[main]])
-    others = [i for i in np.argsort(-areas).tolist() if i != main and areas[i] >= 0.01 * areas[main]]
+    others = [
+        i for i in np.argsort(-areas).tolist() if i != main and areas[i] >= 0.01 * areas[main]
+    ]
     grown = True
     while grown:
         grown = False
@@ -258,4 +261,5 @@ def _graded(ink: Grey, mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
     grown = ndimage.binary_dilation(mask, _EIGHT)
     low = ground + 2 * noise + 0.05 * full
     graded = ((ink - low) / (full - low)).clip(0, 1) * grown
-    return np.rint(graded * 255).astype(np.uint8)
+    digit: NDArray[np.uint8] = np.rint(graded * 255).astype(np.uint8)
+    return digit

@@ -73,9 +73,9 @@ class Inputs:
             images: Iterable[NDArray[Any]] = self.image_rows.of_any_size(part)
         else:
             images = self.images(start, stop)
-            if self.mode == "auto" and images.shape[1:] == IMAGE_SHAPE:
-                if look_like_mnist(images).all():
-                    return as_they_are(images)
+            usual = self.mode == "auto" and images.shape[1:] == IMAGE_SHAPE
+            if usual and look_like_mnist(images).all():
+                return as_they_are(images)
         return prepare(images, len(self.indices(start, stop)), self.mode)
 
     def images(self, start: int, stop: int) -> NDArray[Any]:

@@ -198,10 +198,7 @@ def write_evaluation(
                     shutil.copyfileobj(other, whole, 1 << 20)
         report = _report(scores, model, weights, inputs, world, batch_size)
         report["predictions_sha256"] = sha256(part)
-        pictures = {
-            example.index: example.image
-            for example in scores.examples.all()
-        }
+        pictures = {example.index: example.image for example in scores.examples.all()}
         sources = {e.index: e.source for e in scores.examples.prepared if e.source is not None}
         metrics = weights.run / "metrics.jsonl" if weights.run else None
         rows = read_metrics(metrics) if metrics and metrics.exists() else []

@@ -1,4 +1,4 @@
-"""What is done to users' images before they are scored: nothing, or as little as makes them MNIST's.
+"""What is done to users' images before they are scored: as little as makes them what MNIST's are.
 
 Finding the ink of a digit is in ink.py, MNIST's convention in normaliser.py.
 """
@@ -110,17 +110,13 @@ def look_like_mnist(images: NDArray[Any]) -> NDArray[np.bool_]:
     if images.dtype != np.uint8:
         ink *= 255
     inked = ink > _GROUND
-    rows, columns = inked.any(2), inked.any(1)
+    rows, columns = np.any(inked, 2), np.any(inked, 1)
     sides = [side.shape[1] - side[:, ::-1].argmax(1) - side.argmax(1) for side in (rows, columns)]
-    longest = np.where(rows.any(1), np.maximum(*sides), 0)
+    longest = np.where(np.any(rows, 1), np.maximum(*sides), 0)
     places = np.arange(IMAGE_SHAPE[0]) + 0.5
     sums = np.maximum(ink.sum((1, 2)), 1)
     middles = np.stack([ink.sum(2) @ places, ink.sum(1) @ places]) / sums
-    return np.logical_and.reduce(
-        [
-            (longest >= _LEAST_SIDE) & (longest <= INK_SIZE),
-            (np.abs(middles - _MIDDLE) < _OFF).all(0),
-            ink.max((1, 2)) > 200,
-            inked.mean((1, 2)) < 0.55,
-        ]
-    )
+    fits: NDArray[np.bool_] = (longest >= _LEAST_SIDE) & (longest <= INK_SIZE)
+    fits &= (np.abs(middles - _MIDDLE) < _OFF).all(0)
+    fits &= (ink.max((1, 2)) > 200) & (np.mean(inked, (1, 2)) < 0.55)
+    return fits

@@ -82,7 +82,11 @@ class Tally:
             unseen = labels[~found]
             self.unseen += np.bincount(unseen[unseen >= 0], minlength=10)
             self.rest[0] += np.log(10) * (unseen >= 0).sum()  # all digits are as likely
-            labels, log_probabilities, disputed = labels[found], log_probabilities[found], disputed[found]
+            labels, log_probabilities, disputed = (
+                labels[found],
+                log_probabilities[found],
+                disputed[found],
+            )
         predictions = log_probabilities.argmax(1)
         if threshold is not None:
             accepted = np.exp(log_probabilities.max(1)) >= threshold
@@ -140,7 +144,11 @@ def figures(tally: Tally) -> dict[str, Any]:
     digits = _digits(tally.confusion if labelled else None, tally.predicted, tally.unseen)
     treated = dict(zip(TREATMENTS, tally.treatments.astype(int).tolist(), strict=True))
     prepared = {name.replace(" ", "_"): number for name, number in treated.items()}
-    counts = {"scored": scored, "without_digit": prepared.pop("without_digit"), "labelled": labelled}
+    counts = {
+        "scored": scored,
+        "without_digit": prepared.pop("without_digit"),
+        "labelled": labelled,
+    }
     return counts | {"prepared": prepared} | known | {"digits": digits}
 
 

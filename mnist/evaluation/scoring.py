@@ -18,6 +18,7 @@ from mnist.cli import InputError
 from mnist.data import IMAGE_SHAPE, normalise, rank_slice
 from mnist.distributed import World, widest_float
 from mnist.evaluation.inputs import Inputs
+from mnist.evaluation.preparation import WITHOUT_DIGIT, Prepared
 from mnist.evaluation.report import (
     DISPUTED_TEST_LABELS,
     Example,
@@ -27,7 +28,6 @@ from mnist.evaluation.report import (
     csv_header,
     csv_rows,
 )
-from mnist.evaluation.preparation import WITHOUT_DIGIT, Prepared
 from mnist.evaluation.suspicions import Suspicions, suspicion_warnings
 from mnist.model import MLP
 from mnist.pace import Pace
@@ -123,7 +123,11 @@ class _Scorer:
             with self._writing():
                 self._file = self.part.open("wb", 1 << 20)
                 if self.world.is_main:
-                    self._file.write(csv_header(self.inputs.files is not None, self.model.doubt is not None).encode())
+                    self._file.write(
+                        csv_header(
+                            self.inputs.files is not None, self.model.doubt is not None
+                        ).encode()
+                    )
 
     def close(self) -> None:
         """End it."""
@@ -240,7 +244,8 @@ def predict(model: MLP, images: NDArray[Any], world: World) -> NDArray[Any]:
     logits = model(normalise(pixels, world.precision)).float()
     if model.doubt is not None:
         logits /= model.doubt.temperature
-    return logits.log_softmax(1).cpu().numpy()
+    log_probabilities: NDArray[np.float32] = logits.log_softmax(1).cpu().numpy()
+    return log_probabilities
 
 
 @contextmanager

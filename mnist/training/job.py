@@ -27,7 +27,7 @@ from mnist.figures import (
     draw_predictions,
     model_of_figure,
 )
-from mnist.model import MLP, load_model, save_model
+from mnist.model import MLP, Doubt, load_model, save_model
 from mnist.runs.folder import RunSettings, Start, open_run_folder, refuse_other_run
 from mnist.runs.metrics import read_metrics
 from mnist.runs.mirror import NoMirror, send_missing
@@ -35,6 +35,7 @@ from mnist.runs.reports import SPLITS, make_room, report_of_run
 from mnist.system import StopRequest, die_with_launcher, sha256, warn
 from mnist.training.config import RETIRED, TrainConfig, numeric_settings, to_yaml
 from mnist.training.distortion import Distortion
+from mnist.training.doubt import find_doubt
 from mnist.training.loop import Sample, fit
 from mnist.training.trial import faster_products
 
@@ -75,6 +76,7 @@ def train(config: TrainConfig, painter: Painter | None, mirror: NoMirror) -> Non
             mirror.begin(folder)
             model = fit(config, world, start, stop, mirror)
             if world.is_main:
+                model.doubt = doubt_of(model, config)
                 save_final(model, folder / "model.safetensors")
                 # Also those that no checkpoint covers, as where none could be written.
                 mirror.rows((folder / "metrics.jsonl").stat().st_size)
@@ -116,6 +118,16 @@ def open_run(config: TrainConfig, world: World, stack: ExitStack) -> Start:
         fresh=config.fresh,
         faster_products=partial(faster_products, config),
     )
+
+
+def doubt_of(model: MLP, config: TrainConfig) -> Doubt | None:
+    """How doubtful to be of a model that was taught what is no digit; None of others, and without
+    validation images."""
+    if not (config.non_digits and config.validation_size):
+        return None
+    inputs = open_mnist(config.data_dir, "validation", config.validation_size, config.seed)
+    logits = predict(model, inputs.images(0, len(inputs)), World())
+    return find_doubt(logits, inputs.labels(0, len(inputs)))
 
 
 def save_final(model: MLP, path: Path) -> None:

@@ -96,23 +96,21 @@ class Learner:
         large = [i for i, count in enumerate(weights[:-1]) if count >= least]
         large_layers = large[-1] + 1 if large and world.precision != torch.float32 else 0
         half_layers = 0 if rounds else large_layers
-        self._products = [large_product] * large_layers
-        self._products += [full] * (len(weights) - large_layers)
+        self._products = [large_product] * large_layers + [full] * (len(weights) - large_layers)
         self._buffers: dict[int, _Buffers] = {}
 
         flat = parameters_to_vector(model.parameters()).detach()
-        size, dtype = len(flat), flat.dtype
-        zeros = self.reducer.zeros
+        size, dtype, zeros = len(flat), flat.dtype, self.reducer.zeros
         self.parameters = zeros(size, dtype).copy_(flat)
-        averaged = config.averaging > 0
-        self.average = zeros(size, dtype).copy_(flat) if averaged else self.parameters
+        self.average = zeros(size, dtype).copy_(flat) if config.averaging else self.parameters
         self.momentum = zeros(size, dtype)
         self.squares = zeros(size if config.optimizer == "adamw" else 0, dtype)
         self.updates = torch.zeros((), device=world.device)  # as AdamW counts them
         # The gradient, and whether this rank is asked to stop.
         self.gradient, self._stop = self.reducer.message[:size], self.reducer.message[size:]
-        # Sums of loss and correct answers: over all ranks, and of this one alone.
-        self.totals = torch.zeros(2 + (config.non_digits > 0), dtype=widest_float(world.device), device=world.device)
+        # Sums of loss, correct answers and, if not all are, digits: over all ranks, of this alone.
+        sums = 3 if config.non_digits else 2
+        self.totals = torch.zeros(sums, dtype=widest_float(world.device), device=world.device)
         self._own_totals = torch.zeros_like(self.totals)
         self._unscored: list[tuple[Tensor, Tensor]] = []
 
@@ -128,11 +126,9 @@ class Learner:
         states = (self.parameters, self.momentum, self.squares, self.average, self._half)
         self._chunks = [_Chunk(*(state[part] for state in states)) for part in self.reducer.chunks]
 
-        self._targets = torch.eye(CLASSES, device=world.device)
+        self._targets = torch.eye(NO_DIGIT + 1, CLASSES, device=world.device)
         self._targets += config.label_smoothing * (1 / CLASSES - self._targets)
-        if config.non_digits:
-            uniform = torch.full((1, CLASSES), 1 / CLASSES, device=world.device)
-            self._targets = torch.cat([self._targets, uniform])  # at NO_DIGIT
+        self._targets[NO_DIGIT] = 1 / CLASSES
         self._negative_shares = self._targets, 0  # of a batch size
         # The gradients of fp16 underflow unless the loss is scaled up; other precisions need none.
         scaled = world.precision == torch.float16
@@ -320,13 +316,11 @@ class Learner:
         logits, labels = (torch.cat(parts) for parts in zip(*self._unscored, strict=True))
         self._unscored.clear()
         # Of the labels as they are: comparable with validation whatever the label smoothing.
-        losses = functional.cross_entropy(
-            logits, labels, reduction="none", ignore_index=NO_DIGIT
-        ).to(self.totals.dtype)
-        self._own_totals[0] += losses.mul_(_LOSS_STEPS).round_().sum() / _LOSS_STEPS
+        losses = functional.cross_entropy(logits, labels, reduction="none", ignore_index=NO_DIGIT)
+        losses = losses.to(self.totals.dtype).mul_(_LOSS_STEPS).round_()
+        self._own_totals[0] += losses.sum() / _LOSS_STEPS
         self._own_totals[1] += (logits.argmax(1) == labels).sum()
-        if len(self._own_totals) > 2:
-            self._own_totals[2] += (labels != NO_DIGIT).sum()
+        self._own_totals[2:] += (labels != NO_DIGIT).sum()
 
     def _sum(self, inputs: list[Tensor], deltas: list[Tensor], layers: Sequence[int]) -> None:
         """Fill the gradient of these layers with the sum over images."""

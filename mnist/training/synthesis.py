@@ -5,6 +5,7 @@ Distances are in pixels of 28×28, places (down, to the right) from the upper le
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,9 +18,9 @@ from mnist.model import NO_DIGIT
 from mnist.normaliser import normalise_digits
 from mnist.training.config import TrainConfig
 
-Ink = NDArray[np.float32]
+Ink = NDArray[Any]
 """n×height×width: how much ink there is, 0 to 1."""
-Points = NDArray[np.float64]
+Points = NDArray[Any]
 """n×2: places, down and to the right."""
 
 _SIZE = IMAGE_SHAPE[0]
@@ -56,7 +57,8 @@ def _strokes(starts: Points, stops: Points, radii: NDArray[np.float64], taper: f
     along = along.clip(0, 1)
     distance = np.hypot(y - along * down, x - along * right)
     radius = radii[:, None, None] * (1 - taper * along)
-    return (radius + 0.5 - distance).clip(0, 1).astype(np.float32)
+    result: Ink = (radius + 0.5 - distance).clip(0, 1).astype(np.float32)
+    return result
 
 
 def _polar(lengths: NDArray[np.float64], degrees: NDArray[np.float64]) -> Points:
@@ -73,14 +75,16 @@ def _radius_of(ink: Ink) -> NDArray[np.float64]:
         (filled & ~np.roll(padded, shift, axis)[:, 1:-1, 1:-1]).sum((1, 2))
         for shift, axis in ((1, 1), (-1, 1), (1, 2), (-1, 2))
     )
-    return (filled.sum((1, 2)) / np.maximum(outline, 1)).clip(0.6, 3.0)
+    result: NDArray[np.float64] = (filled.sum((1, 2)) / np.maximum(outline, 1)).clip(0.6, 3.0)
+    return result
 
 
 def _end(ink: Ink, key: Callable[[Points], NDArray[np.float64]]) -> Points:
     """The inked pixel of each of n×28×28 for which ``key`` of its place is highest."""
     grid = np.stack(np.meshgrid(np.arange(_SIZE), np.arange(_SIZE), indexing="ij"), -1) + 0.5
     score = np.where(ink > 0.5, key(grid), -np.inf).reshape(len(ink), -1)
-    return grid.reshape(-1, 2)[score.argmax(1)]
+    result: Points = grid.reshape(-1, 2)[score.argmax(1)]
+    return result
 
 
 # ----------------------------------------------------------------------------- what is no digit
@@ -101,7 +105,9 @@ def joined_halves(digits: Digits, rng: Generator, count: int) -> Ink:
 
 def squeezed_pairs(digits: Digits, rng: Generator, count: int) -> Ink:
     """Two digits side by side, close or touching, as wide together as 1 to 2 of them."""
-    pair = [digits.draw(rng, some) for some in (rng.integers(0, 10, count), rng.integers(0, 10, count))]
+    pair = [
+        digits.draw(rng, some) for some in (rng.integers(0, 10, count), rng.integers(0, 10, count))
+    ]
     wide = np.zeros((count, _SIZE, 3 * _SIZE), np.float32)
     for row, left, right, gap in zip(wide, *pair, rng.integers(-2, 4, count), strict=True):
         columns = [np.flatnonzero(image.any(0)) for image in (left, right)]
@@ -132,7 +138,9 @@ def crosses(digits: Digits, rng: Generator, count: int) -> Ink:
     radii = rng.uniform(0.6, 2.2, count)
     ink = np.zeros((count, _SIZE, _SIZE), np.float32)
     for turn in (0, 90):
-        step = _polar(lengths * rng.uniform(0.8, 1.2, count), degrees + turn + rng.uniform(-8, 8, count))
+        step = _polar(
+            lengths * rng.uniform(0.8, 1.2, count), degrees + turn + rng.uniform(-8, 8, count)
+        )
         shift = rng.uniform(-1.5, 1.5, (count, 2))
         ink = np.maximum(ink, _strokes(middle - step + shift, middle + step + shift, radii))
     return ink
@@ -155,7 +163,9 @@ def dashes(digits: Digits, rng: Generator, count: int) -> Ink:
     step = _polar(rng.uniform(4, 10, count), rng.uniform(-15, 15, count))
     radii = rng.uniform(0.6, 2.2, count)
     apart = np.stack([rng.uniform(2.5, 5, count) * rng.choice([0, 1], count), np.zeros(count)], 1)
-    one, other = (_strokes(middle - step + side, middle + step + side, radii) for side in (apart, -apart))
+    one, other = (
+        _strokes(middle - step + side, middle + step + side, radii) for side in (apart, -apart)
+    )
     return np.maximum(one, other)
 
 
@@ -190,7 +200,11 @@ TAUGHT: tuple[Maker, ...] = (*SCORED, joined_halves, dashes, halves, pieces)
 
 
 def non_digits(
-    images: NDArray[np.uint8], labels: NDArray[np.int64], count: int, seed: int, makers: tuple[Maker, ...] = TAUGHT
+    images: NDArray[np.uint8],
+    labels: NDArray[np.int64],
+    count: int,
+    seed: int,
+    makers: tuple[Maker, ...] = TAUGHT,
 ) -> NDArray[np.uint8]:
     """Marks that are no digits, ``count``×28×28, of all kinds in turn.
 
@@ -216,7 +230,9 @@ def non_digits(
 
 def _with(ink: Ink, starts: Points, steps: Points, rng: Generator) -> Ink:
     """The digits with one more stroke each, about as thick as theirs."""
-    return np.maximum(ink, _strokes(starts, starts + steps, _radius_of(ink) * rng.uniform(0.7, 1.2, len(ink))))
+    return np.maximum(
+        ink, _strokes(starts, starts + steps, _radius_of(ink) * rng.uniform(0.7, 1.2, len(ink)))
+    )
 
 
 def ones_with_upstroke(digits: Digits, rng: Generator, count: int) -> Ink:
@@ -266,7 +282,8 @@ def short_fours(digits: Digits, rng: Generator, count: int) -> Ink:
     start = np.where(rng.random(count) < 0.5, bar - rng.uniform(1, 6, count), 0)
     down, right = place[None, :, None], place[None, None, :]
     above = (down < start[:, None, None]) & (right > (stem - 3)[:, None, None])
-    return ink * (down < stop[:, None, None]) * ~above
+    result: Ink = ink * (down < stop[:, None, None]) * ~above
+    return result
 
 
 def looped_twos(digits: Digits, rng: Generator, count: int) -> Ink:
@@ -280,7 +297,8 @@ def looped_twos(digits: Digits, rng: Generator, count: int) -> Ink:
     x = (place[None, None, :] - middle[:, 1, None, None]) / radii[:, 1, None, None]
     distance = np.abs(np.hypot(y, x) - 1) * radii.min(1)[:, None, None]
     ring = (_radius_of(ink)[:, None, None] + 0.3 - distance).clip(0, 1).astype(np.float32)
-    return np.maximum(ink, ring)
+    result: Ink = np.maximum(ink, ring)
+    return result
 
 
 def slanted_fives(digits: Digits, rng: Generator, count: int) -> Ink:
@@ -293,7 +311,10 @@ def slanted_fives(digits: Digits, rng: Generator, count: int) -> Ink:
     stem = ink * (down >= top + 0.3 * height) * (down < top + 0.5 * height)
     turn = _end(stem, lambda place: -place[..., 1])
     bowl = ink * (down >= turn[:, :1, None] - 1)
-    return np.maximum(bowl, _strokes(turn, flag, _radius_of(ink) * rng.uniform(0.7, 1.2, count)))
+    result: Ink = np.maximum(
+        bowl, _strokes(turn, flag, _radius_of(ink) * rng.uniform(0.7, 1.2, count))
+    )
+    return result
 
 
 def open_zeros(digits: Digits, rng: Generator, count: int) -> Ink:
@@ -303,7 +324,8 @@ def open_zeros(digits: Digits, rng: Generator, count: int) -> Ink:
     degrees = np.degrees(np.arctan2(place[:, None], place[None, :]))
     middle = rng.uniform(-150, 10, count)[:, None, None]
     width = rng.uniform(6, 20, count)[:, None, None]
-    return ink * (np.abs(degrees - middle) > width)
+    result: Ink = ink * (np.abs(degrees - middle) > width)
+    return result
 
 
 HANDS: dict[Maker, int] = {
@@ -329,7 +351,9 @@ def other_hands(
     for index, (maker, label) in enumerate(HANDS.items()):
         rng = np.random.default_rng(derived_seed(seed, "other hands", maker.__name__))
         part = result[index :: len(HANDS)]
-        part[:] = normalise_digits((maker(digits, rng, len(part)) * 255).round().astype(np.uint8)).images
+        part[:] = normalise_digits(
+            (maker(digits, rng, len(part)) * 255).round().astype(np.uint8)
+        ).images
         made[index :: len(HANDS)] = label
     return result, made
 
