@@ -20,7 +20,11 @@ LONGEST = 1024
 _LEAST_CONTRAST = 0.08  # of ink to its ground, as shares of the ground's light
 _LEAST_SIZE = 5  # pixels of the longer side of a digit, and in large images as a share of theirs:
 _LEAST_SHARE = 0.025
-_SCALES = (0.15, 0.3, 0.6)  # of the shorter side: what is darker over less is ink, else shadow
+_SCALES = (0.3, 0.6, 1.2)  # of the shorter side: what is darker over less is ink, else shadow
+_STROKES = (0.15, 0.3)  # of the shorter side: widths of strokes, by which the polarity is seen
+_WIDEST = 0.2  # of an image: strokes along the whole of a side are narrower
+_BLOT = 0.5  # of a digit's size: a square of that is in no digit
+_EDGE = 0.06  # of a digit's size: over more a stroke does not fade into the ground
 _EIGHT = np.ones((3, 3), bool)  # neighbours
 
 
@@ -52,7 +56,7 @@ def find_digit(image: NDArray[np.uint8]) -> Digit | None:
     if mask is None:
         return None
     mask = _digit_of(mask, ink)
-    if mask is None:
+    if mask is None or not _is_drawn(mask, ink):
         return None
     return Digit(_graded(ink, mask), dark)
 
@@ -99,7 +103,7 @@ def is_ink_dark(grey: Grey) -> bool:
         return border > 0.5
     padded = np.pad(grey, 2, mode="edge")
     strokes = 0.0
-    for share in _SCALES[:2]:
+    for share in _STROKES:
         size = max(3, round(share * min(grey.shape))) | 1
         dark = np.square(ndimage.grey_closing(padded, (size, size)) - padded).sum()
         light = np.square(padded - ndimage.grey_opening(padded, (size, size))).sum()
@@ -121,22 +125,34 @@ def _level(values: Grey) -> Grey:
 
     Over a narrow scale a shadow is ground; but so is the inside of a thick stroke.
     """
-    around = max(2, min(values.shape) // 2)
+    side = min(values.shape)
+    around = max(2, side // 2)
     inside = slice(around, -around), slice(around, -around)
     values = _surrounded(values, around)
-    smooth = ndimage.uniform_filter(values, 3) if min(values.shape) > 128 else values
-    low, high = 1 - _strongest(1 - smooth), np.quantile(smooth, 0.9)
-    darkest = smooth <= low + 0.25 * (high - low)
-    ink = np.zeros_like(values)
+    low, high = 1 - _strongest(1 - values), np.quantile(values, 0.9)
+    darkest = values <= low + 0.25 * (high - low)
+    ink = np.zeros_like(values[inside])
     for share in _SCALES:
-        size = max(3, round(share * min(values.shape))) | 1
-        ground = ndimage.grey_closing(smooth, (size, size), mode="nearest")
-        ground = ndimage.uniform_filter(ground, max(3, size // 2), mode="nearest")
-        ink = (1 - values / np.maximum(ground, 0.02)).clip(0, 1)
-        threshold = max(_otsu(ink), 0.35 * _strongest(ink))
-        if (ink[darkest] > threshold).mean() > 0.8 and threshold > _LEAST_CONTRAST:
+        size = max(3, round(share * side)) | 1
+        ground = ndimage.grey_closing(values, (size, size), mode="nearest")
+        more = (1 - values / np.maximum(ground, 0.02)).clip(0, 1)
+        threshold = max(_otsu(more), 0.35 * _strongest(more))
+        marks = more > threshold
+        if _is_shadow(marks[inside]):
             break
-    return ink[inside]
+        ink = more[inside]
+        if marks[darkest].mean() > 0.8 and threshold > _LEAST_CONTRAST:
+            break
+    return ink
+
+
+def _is_shadow(marks: NDArray[np.bool_]) -> bool:
+    """Whether what is dark covers a side of the image, wider than a stroke."""
+    for turned in (marks, marks.T):
+        depth = max(2, round(_WIDEST * len(turned)))
+        if max(turned[:depth].mean(), turned[-depth:].mean()) > 0.95:
+            return True
+    return False
 
 
 def _surrounded(values: Grey, around: int) -> Grey:
@@ -167,7 +183,7 @@ def _ground_of(ink: Grey) -> tuple[float, float]:
 
 
 def _otsu(ink: Grey) -> float:
-    """The threshold that separates two classes best (Otsu, 1979)."""
+    """The threshold that separates two classes best (Otsu, 1979); 1 if there is but one."""
     counts, edges = np.histogram(ink, 64, (0, 1))
     middles = (edges[1:] + edges[:-1]) / 2
     below, sums = counts.cumsum(), (counts * middles).cumsum()
@@ -175,7 +191,8 @@ def _otsu(ink: Grey) -> float:
     with np.errstate(all="ignore"):
         gap = sums / below - (sums[-1] - sums) / above
         between = below * above * np.square(gap)
-    return float(edges[1 + np.nanargmax(between[:-1])])
+    between = np.nan_to_num(between[:-1])
+    return float(edges[1 + between.argmax()]) if between.any() else 1.0
 
 
 def _mask(ink: Grey) -> NDArray[np.bool_] | None:
@@ -250,9 +267,24 @@ def _without_lines(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
             rest = turned.copy()
             rest[:, line] = False
             rows = np.flatnonzero(rest.any(1))
-            if len(rows) and rows[-1] - rows[0] < 0.9 * height:
+            alone = not len(rows) and len(lines) < 0.05 * width
+            if alone or (len(rows) and rows[-1] - rows[0] < 0.9 * height):
                 turned[:, line] = False
     return result
+
+
+def _is_drawn(mask: NDArray[np.bool_], ink: Grey) -> bool:
+    """Whether the ink is of strokes, no blot, and ends where the mask does, unlike a shadow."""
+    rows, columns = ndimage.find_objects(mask.astype(np.int8))[0]
+    size = max(rows.stop - rows.start, columns.stop - columns.start)
+    if ndimage.minimum_filter(mask, max(2, round(_BLOT * size)), mode="constant").any():
+        return False
+    steps = max(1, round(_EDGE * size))
+    inner = mask & ~ndimage.binary_erosion(mask, _EIGHT, steps, border_value=True)
+    outer = ndimage.binary_dilation(mask, _EIGHT, steps) & ~mask
+    if not (inner.any() and outer.any()):
+        return False
+    return bool(ink[inner].mean() - ink[outer].mean() > 0.3 * np.quantile(ink[mask], 0.75))
 
 
 def _graded(ink: Grey, mask: NDArray[np.bool_]) -> NDArray[np.uint8]:

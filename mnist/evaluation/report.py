@@ -296,7 +296,7 @@ def candidates(
 # ------------------------------------------------------------------------------------------ rows
 
 
-def csv_header(with_files: bool, with_accepted: bool) -> str:
+def csv_header(with_files: bool, with_accepted: bool = False) -> str:
     """The first line of ``predictions.csv``."""
     more = ["accepted"] * with_accepted + ["file"] * with_files
     return ",".join([*PREDICTIONS_COLUMNS, *more]) + "\n"

@@ -52,8 +52,8 @@ def as_before():
 
 
 @pytest.fixture(scope="module")
-def images():
-    return np.random.default_rng(0).integers(0, 256, (200, 28, 28), np.uint8)
+def images(data_dir):
+    return load_mnist(data_dir, "test").images[:200].numpy()
 
 
 def run(*options):
@@ -213,9 +213,9 @@ def test_folder_without_labels_gives_predictions_alone(tmp_path, model_file, ima
     assert "accuracy needs labels" in capsys.readouterr().out
 
 
-def test_dark_ink_is_warned_of_everywhere(tmp_path, model_file, data_dir, capsys):
+def test_dark_ink_taken_as_it_is_is_warned_of_everywhere(tmp_path, model_file, data_dir, capsys):
     np.save(tmp_path / "dark.npy", 255 - load_mnist(data_dir, "test").images[:40].numpy())
-    options = ("--model", model_file, "--images", tmp_path / "dark.npy")
+    options = ("--model", model_file, "--images", tmp_path / "dark.npy", "--prepare", "as-is")
     run(*options, "--output-dir", tmp_path / "out", "--batch-size", 16)
     expected = "40 of 40 images look like dark ink on a light ground"
     assert expected in capsys.readouterr().out

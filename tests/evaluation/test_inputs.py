@@ -24,6 +24,7 @@ from mnist.cli import InputError
 from mnist.evaluation import report
 from mnist.evaluation.folders import IMAGE_SUFFIXES
 from mnist.evaluation.inputs import Inputs, open_images, open_mnist
+from mnist.evaluation.preparation import WITHOUT_DIGIT
 from mnist.evaluation.suspicions import Suspicions, suspicion_warnings
 
 PIXELS = np.random.default_rng(1).integers(0, 256, (23, 28, 28), dtype=np.uint8)
@@ -174,7 +175,7 @@ def test_labels_of_idx_files(tmp_path: Path) -> None:
 
 # ----------------------------------------------------------------------------------- refusals
 
-IMAGES = r"expected images as an IDX file \(also \.gz\), a \.npy of N×28×28, or a folder of"
+IMAGES = r"expected images as an IDX file \(also \.gz\), a \.npy of N×height×width, or a folder of"
 TYPES = "expected images of uint8 from 0 to 255 or of floats from 0 to 1, found"
 VIDEO = np.zeros((2, 1, 28, 28), np.uint8)
 
@@ -191,11 +192,11 @@ VIDEO = np.zeros((2, 1, 28, 28), np.uint8)
         (idx(PIXELS[:0]), "expected at least one image, found shape 0×28×28"),
         (npy(PIXELS[:0]), "expected at least one image, found shape 0×28×28"),
         (gzip.compress(idx(PIXELS[:0])), "expected at least one image, found shape 0×28×28"),
-        (idx(PIXELS.reshape(23, 784)), "expected images, N×28×28, found shape 23×784$"),
-        (npy(np.zeros((3, 32, 32), np.uint8)), "expected images, N×28×28, found shape 3×32×32"),
-        (idx(VIDEO), "expected images, N×28×28, found shape 2×1×28×28"),
-        (npy(np.uint8(3)), "expected images, N×28×28, found a single number"),
-        (idx(LABELS), "expected images, N×28×28, found shape 23: are these labels?"),
+        (idx(PIXELS.reshape(23, 784)), "expected images, N×height×width, found shape 23×784$"),
+        (npy(np.zeros((3, 0, 32), np.uint8)), "expected at least one image, found shape 3×0×32"),
+        (idx(VIDEO), "expected images, N×height×width, found shape 2×1×28×28"),
+        (npy(np.uint8(3)), "expected images, N×height×width, found a single number"),
+        (idx(LABELS), "expected images, N×height×width, found shape 23: are these labels?"),
         (npy(PIXELS.astype(np.int64)), f"{TYPES} int64"),
         (npy(PIXELS > 100), f"{TYPES} bool"),
         (npy(PIXELS.astype(np.complex64)), f"{TYPES} complex64"),
@@ -439,10 +440,10 @@ def test_labels_from_predictions_of_our_own(tmp_path: Path) -> None:
     probabilities = np.full((5, 10), 0.1, np.float32)
     labels = np.array([4, 0, 9, 1, 7])
     rows = report.csv_rows(np.arange(5), labels, probabilities, names)
-    path = write(tmp_path / "predictions.csv", report.csv_header(True).encode() + rows)
+    path = write(tmp_path / "predictions.csv", report.csv_header(with_files=True).encode() + rows)
     assert open_images(folder, path).labels(0, 5).tolist() == labels.tolist()
     rows = report.csv_rows(np.arange(5), labels - 1, probabilities, names)  # one is unknown
-    write(path, report.csv_header(True).encode() + rows)
+    write(path, report.csv_header(with_files=True).encode() + rows)
     with refused(path, "line 3: expected a label from 0 to 9, found ''"):
         open_images(folder, path)
 
@@ -770,25 +771,35 @@ def test_truncated_image_files(tmp_path: Path, suffix: str) -> None:
 
 def test_refused_image_files(tmp_path: Path) -> None:
     path = image_file(tmp_path / "x.png", np.zeros((28, 32), np.uint8))
-    found = open_images(tmp_path, None)
-    with refused(path, "expected an image of 28×28 pixels, found 32×28$"):
-        found.images(0, 1)
+    as_is, any_size = (open_images(tmp_path, None, mode) for mode in ("as-is", "auto"))
+    with refused(path, "expected an image of 28×28 pixels, found 32×28; --prepare auto takes any"):
+        as_is.prepared(0, 1)
+    assert any_size.prepared(0, 1).treatments.tolist() == [WITHOUT_DIGIT]  # it is black
+
+    def refuse_both(complaint: str) -> None:
+        for found, what in ((as_is, "an image of 28×28"), (any_size, "an image")):
+            with refused(path, complaint.replace("IMAGE", what)):
+                found.prepared(0, 1)
+
     frames = [Image.fromarray(pixels) for pixels in PIXELS[:3]]
     frames[0].save(path, "GIF", save_all=True, append_images=frames[1:])
-    with refused(path, "expected an image of 28×28 pixels, found 28×28 in 3 frames$"):
-        found.images(0, 1)
+    refuse_both("expected IMAGE of one frame, found 3 frames$")
     Image.fromarray(PIXELS[0].astype(np.float32)).save(path, "TIFF")
-    with refused(path, "expected 8 or 16 bits per pixel, found 32$"):
-        found.images(0, 1)
-    path.write_bytes(b"P5 99999 99999 255\n")  # a bomb: Pillow's own error, of a class of its own
-    with refused(path, "cannot be read as an image of 28×28: Image size .* exceeds limit"):
-        found.images(0, 1)
+    refuse_both("expected 8 or 16 bits per pixel, found 32$")
     path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 28 28\n")  # no Ghostscript
-    with refused(path, "cannot be read as an image of 28×28: cannot identify image file$"):
-        found.images(0, 1)
+    refuse_both("cannot be read as IMAGE: cannot identify image file$")
+    path.write_bytes(b"P5 99999 99999 255\n")  # a bomb
+    with refused(path, "expected at most 200 megapixels, found 99999×99999$"):
+        any_size.prepared(0, 1)
     path.unlink()
-    with refused(path, "cannot be read as an image of 28×28: No such file or directory"):
-        found.images(0, 1)
+    refuse_both("cannot be read as IMAGE: No such file or directory")
+
+
+def test_packed_images_of_another_size_are_refused_as_they_are(tmp_path: Path) -> None:
+    path = write(tmp_path / "mine", npy(np.zeros((3, 32, 32), np.uint8)))
+    with refused(path, "expected images, N×28×28, found shape 3×32×32; --prepare auto takes any"):
+        open_images(path, None, "as-is")
+    assert len(open_images(path, None)) == 3
 
 
 # -------------------------------------------------------------------------------------- MNIST
