@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mnist.cli import InputError
-from mnist.model import MLP, load_model, save_model
+from mnist.model import MLP, Doubt, load_model, save_model
 
 WIDTHS = (20, 16, 12, 14)
 
@@ -101,3 +101,23 @@ def test_other_files_are_one_clear_error(tmp_path):
         save_file(tensors, bad, {"mnist-mlp-1": json.dumps(metadata)})
         with pytest.raises(InputError, match=expected):
             load_model(bad)
+
+
+def test_doubt_is_stored_and_impossible_doubt_refused(tmp_path):
+    model = MLP((8, 8, 8, 8)).initialise(0)
+    path = tmp_path / "model.safetensors"
+    save_model(model, path)
+    assert load_model(path).doubt is None
+    without = path.read_bytes()
+    model.doubt = Doubt(0.75, 0.625)
+    save_model(model, path)
+    assert load_model(path).doubt == (0.75, 0.625)
+    written = path.read_bytes()
+    assert b"threshold" in written and b"threshold" not in without
+    for said, instead in ((b"0.625", b"1.625"), (b"0.75", b"0.00"), (b"0.75", b"NaN ")):
+        path.write_bytes(written.replace(said, instead))
+        with pytest.raises(InputError, match="not a usable model file: Doubt"):
+            load_model(path)
+    path.write_bytes(written.replace(b"temperature", b"temperament"))
+    with pytest.raises(InputError, match="not a usable model file"):
+        load_model(path)

@@ -241,7 +241,7 @@ def ones_with_upstroke(digits: Digits, rng: Generator, count: int) -> Ink:
     top = _end(ink, lambda place: -place[..., 0])
     ink = _with(ink, top, _polar(rng.uniform(4, 17, count), rng.uniform(105, 170, count)), rng)
     foot = _end(ink, lambda place: place[..., 0] + 0.01 * place[..., 1])
-    length = rng.uniform(3, 7, count) * (rng.random(count) < 0.25)
+    length = rng.uniform(3, 9, count) * (rng.random(count) < 0.35)
     tilt = rng.uniform(-12, 12, count)
     bar = _polar(2 * length, tilt)
     barred = _with(ink, foot - bar / 2, bar, rng)
@@ -328,17 +328,18 @@ def open_zeros(digits: Digits, rng: Generator, count: int) -> Ink:
     return result
 
 
-HANDS: dict[Maker, int] = {
-    ones_with_upstroke: 1,
-    barred_sevens: 7,
-    footed_nines: 9,
-    mirrored_nines: 9,
-    short_fours: 4,
-    looped_twos: 2,
-    slanted_fives: 5,
-    open_zeros: 0,
-}
-"""Digits as others write them, and their labels."""
+HANDS: tuple[tuple[Maker, int], ...] = (
+    *[(ones_with_upstroke, 1)] * 3,
+    (barred_sevens, 7),
+    *[(footed_nines, 9)] * 2,
+    (mirrored_nines, 9),
+    *[(short_fours, 4)] * 2,
+    (looped_twos, 2),
+    *[(slanted_fives, 5)] * 2,
+    (open_zeros, 0),
+)
+"""Digits as others write them, and their labels, in turn; the more there are of one the more often
+it is made."""
 
 
 def other_hands(
@@ -348,8 +349,8 @@ def other_hands(
     digits = Digits(images, labels)
     result = np.zeros((count, *IMAGE_SHAPE), np.uint8)
     made = np.zeros(count, np.int64)
-    for index, (maker, label) in enumerate(HANDS.items()):
-        rng = np.random.default_rng(derived_seed(seed, "other hands", maker.__name__))
+    for index, (maker, label) in enumerate(HANDS):
+        rng = np.random.default_rng(derived_seed(seed, "other hands", index))
         part = result[index :: len(HANDS)]
         part[:] = normalise_digits(
             (maker(digits, rng, len(part)) * 255).round().astype(np.uint8)

@@ -8,7 +8,7 @@ from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mnist.distributed import World
-from mnist.model import MLP
+from mnist.model import MLP, NO_DIGIT
 from mnist.training.config import TrainConfig
 from mnist.training.step import Learner
 
@@ -138,6 +138,24 @@ def test_half_precision_learns_through_full_precision_weights():
     assert (half._half == rounded_before).float().mean() > 0.9
     assert (half.parameters != before).float().mean() > 0.9
     assert torch.equal(half._half, half.parameters[: half._half.numel()].bfloat16())
+
+
+def test_what_is_no_digit_has_a_uniform_target_and_no_part_in_the_totals():
+    model = MLP(WIDTHS).initialise(0)
+    images, labels = batch(50)
+    labels[::3] = NO_DIGIT
+    ours = learner(model, label_smoothing=0.1, non_digits=0.4)
+    differentiate(ours, images, labels)
+    logits, digits = model(images), labels != NO_DIGIT
+    targets = torch.full((50, 10), 0.1)
+    targets[digits] = 0.9 * functional.one_hot(labels[digits], 10) + 0.01
+    functional.cross_entropy(logits, targets).backward()
+    expected = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+    torch.testing.assert_close(ours.gradient, expected, rtol=1e-4, atol=1e-7)
+    loss_sum, correct, number = ours.take_totals().tolist()
+    plain = functional.cross_entropy(logits[digits], labels[digits], reduction="sum")
+    assert loss_sum == pytest.approx(plain.item(), rel=1e-5)
+    assert correct == (logits.argmax(1) == labels).sum().item() and number == digits.sum().item()
 
 
 def test_slices_add_up_to_the_global_batch():
