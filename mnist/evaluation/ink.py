@@ -51,14 +51,15 @@ def find_digit(image: NDArray[np.uint8]) -> Digit | None:
     if min(grey.shape) < 3 or np.ptp(grey) < _LEAST_CONTRAST / 2:
         return None
     dark = is_ink_dark(grey)
-    ink = _ink(values if dark else 1 - values)
-    mask = _mask(ink)
-    if mask is None:
-        return None
-    mask = _digit_of(mask, ink)
-    if mask is None or not _is_drawn(mask, ink):
-        return None
-    return Digit(_graded(ink, mask), dark)
+    for find_ink in (_ink_on_even_ground, _ink):
+        ink = find_ink(values if dark else 1 - values)
+        mask = None if ink is None else _mask(ink)
+        if ink is None or mask is None:
+            continue
+        mask = _digit_of(mask, ink)
+        if mask is not None and _is_drawn(mask, ink):
+            return Digit(_graded(ink, mask), dark)
+    return None
 
 
 # --------------------------------------------------------------------------- ground and polarity
@@ -118,6 +119,20 @@ def _ink(values: Grey) -> Grey:
         return _level(values)
     inks = [_level(values[..., channel]) for channel in range(3)]
     return max(inks, key=lambda ink: _strongest(ink) / (_ground_of(ink)[1] + 0.02))
+
+
+def _ink_on_even_ground(values: Grey) -> Grey | None:
+    """The same where a third of the image or more is of one value, the lightest, and hardly any
+    is nearly as light: drawn by a program, or cut out by one. None of others."""
+    if values.ndim == 3:
+        return None
+    ground = float(values.max())
+    ink = 1 - values / ground
+    marks = ink > _otsu(ink)
+    even, nearly = (ink < 1.5 / 255).mean(), ((ink > 0.02) & (ink < 0.2)).mean()
+    if even < 0.35 or nearly > 0.2 or marks.mean() > 0.6 or _is_shadow(marks):
+        return None
+    return ink
 
 
 def _level(values: Grey) -> Grey:
@@ -243,7 +258,8 @@ def _digit_of(mask: NDArray[np.bool_], ink: Grey) -> NDArray[np.bool_] | None:
         for index in others:
             part = np.array([[side.start, side.stop] for side in boxes[index]])
             gap = np.maximum(part[:, 0] - box[:, 1], box[:, 0] - part[:, 1]).max()
-            if index not in kept and gap <= (0.05 if at_edge[index] else 0.2) * size:
+            foreign = at_edge[index] and not at_edge[main]  # cut off, unlike the digit
+            if index not in kept and gap <= (0.05 if foreign else 0.2) * size:
                 kept.add(index)
                 box = np.stack([np.minimum(box, part)[:, 0], np.maximum(box, part)[:, 1]], 1)
                 grown = True
@@ -266,9 +282,9 @@ def _without_lines(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
             line = slice(0, inner + 2) if step > 0 else slice(max(0, inner - 1), width)
             rest = turned.copy()
             rest[:, line] = False
-            rows = np.flatnonzero(rest.any(1))
-            alone = not len(rows) and len(lines) < 0.05 * width
-            if alone or (len(rows) and rows[-1] - rows[0] < 0.9 * height):
+            fills = rest[:, -1 if step > 0 else 0].any()  # the other ink reaches the other side
+            alone = not rest.any() and len(lines) < 0.05 * width
+            if alone or (rest.any() and not fills):
                 turned[:, line] = False
     return result
 
