@@ -1,7 +1,7 @@
 """Speed, measured side by side: scripts/bench [PART ...], of
 
-training, distortion, scoring, processes, accuracy, scaling, and, only when named, neighbour and
-network (root, as it lays one).
+training, distortion, scoring, processes, accuracy, scaling, and, only when named, neighbour,
+network (root, as it lays one) and writing (of a --model).
 
 What is compared is interleaved in rounds, and steps within a round, because absolute times wander
 by a factor of two on a shared machine; ratios are medians of the rounds' ratios. Without words, all
@@ -30,6 +30,7 @@ from typing import Any
 import psutil
 import torch
 from bench_worlds import TwoNetworks, Workers, usual_network
+from bench_writing import doubt, normalising
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
@@ -767,11 +768,26 @@ def neighbour(results: Results, options: argparse.Namespace, folder: Path) -> No
     print(f"  two runs at once take {ratio:.2f} times as long as one by one")
 
 
+def writing(results: Results, options: argparse.Namespace, folder: Path) -> None:
+    """Digits normalised in a second on one core; with --model, what it accepts and rejects."""
+    found = results.more["writing, digits a second"] = normalising(options.rounds)
+    print(
+        "\nwriting, one core", *(f"  {n:18} {v:8,.0f} a second" for n, v in found.items()), sep="\n"
+    )
+    if options.model is None:
+        return
+    shares = results.more["writing, doubt"] = doubt(options.model, options.data_dir)
+    print(f"  MNIST's test digits accepted {shares['accepted']:.2%}")
+    print(f"  no digits rejected           {shares['rejected']:.2%}, of which")
+    for kind, share in shares["by kind"].items():
+        print(f"    {kind:16} {share:.2%}")
+
+
 PARTS = {
     part.__name__: part for part in (training, distortion, scoring, processes, accuracy, scaling)
 }
-ALL = {**PARTS, "neighbour": neighbour, "network": network}
-OF_CPUS = {"scaling", "neighbour", "network"}
+ALL = {**PARTS, "neighbour": neighbour, "network": network, "writing": writing}
+OF_CPUS = {"scaling", "neighbour", "network", "writing"}
 
 
 def settle_device(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
@@ -793,11 +809,15 @@ def main() -> None:
     """Measure, and print the tables; --json FILE keeps every measurement."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "parts", nargs="*", metavar="PART", help=f"{', '.join(ALL)}; default: all but the last two"
+        "parts",
+        nargs="*",
+        metavar="PART",
+        help=f"{', '.join(ALL)}; default: all but the last three",
     )
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each kind")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="to measure on")
     parser.add_argument("--data-dir", type=Path, default=TrainConfig().data_dir)
+    parser.add_argument("--model", type=Path, help="whose doubt writing measures")
     parser.add_argument("--json", type=Path, help="file for all measurements")
     options = parser.parse_args()
     if unknown := set(options.parts) - set(ALL):

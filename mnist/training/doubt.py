@@ -30,11 +30,11 @@ def find_doubt(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> Doubt:
             high = ends[1]
         else:
             low = ends[0]
-    temperature = float(np.exp((low + high) / 2))
+    temperature = round(float(np.exp((low + high) / 2)), 4)
     confidences = np.sort(np.exp(_log_softmax(values / temperature).max(1)))
     threshold = confidences[int((1 - ACCEPTED) * len(confidences))]
     # Rounded down: the evaluator computes in float32.
-    return Doubt(round(temperature, 4), float(np.floor(threshold * 1e6) / 1e6))
+    return Doubt(temperature, float(np.floor(threshold * 1e6) / 1e6))
 
 
 def _log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -48,4 +48,4 @@ def test_threshold_accepts_98_of_100_and_no_more(draws, count):
 def test_a_perfect_model_has_a_bounded_temperature():
     logits = np.eye(10, dtype=np.float32).repeat(10, 0) * 50
     doubt = find_doubt(logits, np.arange(10).repeat(10))
-    assert 0 < doubt.temperature and 0 < doubt.threshold <= 1
+    assert doubt.temperature > 0 and 0 < doubt.threshold <= 1

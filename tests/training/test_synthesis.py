@@ -22,6 +22,7 @@ from mnist.training.synthesis import (
     synthesise,
     turned,
 )
+from mnist.training.synthesis import commas as the_commas
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def test_every_kind_has_ink_and_varies(digits, maker):
     assert ink.shape[0] == 50 and ink.min() >= 0 and ink.max() <= 1
     # Each has some ink; a window now and then shows the ground alone.
     assert (ink.max((1, 2)) > 0.5).sum() >= 48
-    assert len(np.unique(ink.reshape(50, -1), axis=0)) >= 48
+    assert len(np.unique(ink.reshape(50, -1), axis=0)) >= 45
 
 
 def test_hands_are_labelled_as_the_digits_that_they_are_made_from(mnist):
@@ -104,11 +105,14 @@ def test_signs_are_drawn_around_the_middle(digits):
         assert np.abs(middles - 14).max() < 2.5
 
 
-def test_scored_kinds_come_in_equal_shares(mnist):
+def test_kinds_come_in_turn(mnist):
     made = non_digits(*mnist, 50, 3, SCORED)
-    rng_made = non_digits(*mnist, 10, 3, SCORED)
-    assert len(made) == 50 and (made.max((1, 2)) > 0).all()
-    assert len(rng_made) == 10
+    commas = made[SCORED.index(the_commas) :: len(SCORED)]
+    assert len(commas) == 10
+    # Nothing else is as solid: in the box of its ink hardly a pixel is free.
+    filled = [image[image.any(1)][:, image.any(0)].mean() / 255 for image in made]
+    solid = np.argsort(filled)[-10:] % len(SCORED)
+    assert (solid == SCORED.index(the_commas)).mean() > 0.8
 
 
 def test_training_images_come_first_then_what_is_added():
