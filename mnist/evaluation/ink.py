@@ -79,7 +79,8 @@ def _without_margin(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     box = ndimage.find_objects(other.astype(np.int8))[0]
     inside = other[box]
     edge = np.concatenate([inside[0], inside[-1], inside[:, 0], inside[:, -1]])
-    if min(inside.shape) < 10 or edge.mean() < 0.98 or not 0.5 < inside.mean() < 0.99:
+    enough = inside.mean() > 0.5 and np.count_nonzero(~inside) >= 8  # of square and of ink
+    if min(inside.shape) < 10 or edge.mean() < 0.98 or not enough:
         return image
     around = max(1, min(inside.shape) // 50)  # soft edges
     return image[
@@ -117,8 +118,10 @@ def _ink(values: Grey) -> Grey:
     the ground's light; of three colours that which shows the ink best."""
     if values.ndim == 2:
         return _level(values)
-    inks = [_level(values[..., channel]) for channel in range(3)]
-    return max(inks, key=lambda ink: _strongest(ink) / (_ground_of(ink)[1] + 0.02))
+    step = max(1, min(values.shape[:2]) // 96)  # enough to choose by
+    inks = [_level(values[::step, ::step, channel]) for channel in range(3)]
+    shown = [_strongest(ink) / (_ground_of(ink)[1] + 0.02) for ink in inks]
+    return _level(values[..., int(np.argmax(shown))])
 
 
 def _ink_on_even_ground(values: Grey) -> Grey | None:

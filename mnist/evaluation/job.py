@@ -82,11 +82,21 @@ def print_summary(report: dict[str, Any], output: Path) -> None:
     print(
         f"scored      {report['scored']:,} of {report['expected']:,}: {report['title']}, "
         f"{speed['seconds']:.1f} s, {speed['images_per_second']:,.0f} images/s",
+        *_prepared(report),
         *summary(report, "result"),
         f"report      {output / 'report.html'}",
         sep="\n",
         flush=True,
     )
+
+
+def _prepared(report: dict[str, Any]) -> list[str]:
+    """What was done to the user's images, unless that is nothing."""
+    counts = report["prepared"]
+    if report["prepare"] == "as-is" or counts["as_they_are"] == report["scored"]:
+        return []
+    said = ", ".join(f"{number:,} {name.replace('_', ' ')}" for name, number in counts.items())
+    return [f"prepared    {said}"]
 
 
 def refuse_missing(config: EvaluateConfig) -> None:
@@ -270,8 +280,14 @@ def _report(
 def summary(report: dict[str, Any], name: str) -> list[str]:
     """What a person reads of a report, line by line."""
     lines = [f"warning     {warning}" for warning in report["warnings"]]
+    accepted = []
+    if report["acceptance"]:
+        found = report["acceptance"]
+        of_these = f", of these {found['accuracy']:.2%} right" if found["labelled"] else ""
+        accepted = [f"accepted    {found['share']:.2%} of the predictions{of_these}"]
     if not report["labelled"]:
-        return [*lines, f"{name:11} {report['scored']:,} predictions; accuracy needs labels"]
+        said = f"{name:11} {report['scored']:,} predictions; accuracy needs labels"
+        return [*lines, said, *accepted]
     low, high = report["accuracy_interval_95"]
     lines.append(
         f"{name:11} accuracy {report['accuracy']:.2%} (95% interval {low:.2%} to {high:.2%}), "
@@ -281,4 +297,4 @@ def summary(report: dict[str, Any], name: str) -> list[str]:
     if undisputed := report["without_disputed_labels"]:
         count = len(undisputed["disputed_labels"])
         lines.append(f"{'':11} {undisputed['accuracy']:.2%} without the {count} disputed labels")
-    return lines
+    return lines + accepted

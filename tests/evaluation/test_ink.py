@@ -67,11 +67,12 @@ LOOKS = {
     "faint": lambda ink: 200 - ink * 0.25,
     "white margin": lambda ink: with_margin(255 - ink, 255),
     "a black square in a white margin": lambda ink: with_margin(ink, 255),
+    "a small digit in such a square": lambda ink: with_margin(np.pad(ink, 150), 255),
     "shadow": lambda ink: paper(ink) * shadow(0.5),
     "hard shadow": lambda ink: paper(ink) * np.where(np.arange(SIDE) < 60, 1, 0.55),
     "light falling off": lambda ink: paper(ink) * np.linspace(1, 0.4, SIDE)[:, None],
     "blue on yellow": coloured,
-    "white chalk on green": lambda ink: 255 - coloured(ink)[..., ::-1],
+    "light chalk on a dark colour": lambda ink: 255 - coloured(ink)[..., ::-1],
     "a form's rule at its edge": with_rule,
     "noise": lambda ink: paper(ink) + np.random.default_rng(0).normal(0, 8, ink.shape),
     "a speck": lambda ink: np.where(
