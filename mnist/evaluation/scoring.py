@@ -35,7 +35,7 @@ from mnist.pace import Pace
 # Processes exchange how far they are after so many batches: often enough for a progress display,
 # and so that none waits for another longer than a collective may take.
 _ROUND_BATCHES = 8
-_FILES_AT_ONCE = 16
+_PHOTOS_AT_ONCE = 16
 _SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -67,10 +67,11 @@ def score(
     Raises:
         InputError: images are damaged, a row cannot be written, the model's output is no number.
     """
-    if inputs.mode != "as-is" and inputs.files is not None:  # a photo may take a second
-        batch_size, round_batches = min(batch_size, _FILES_AT_ONCE), 1
-    else:
-        round_batches = _ROUND_BATCHES
+    round_batches = _ROUND_BATCHES
+    if inputs.mode != "as-is":  # a photo may take a second, and megabytes
+        round_batches = 1
+        if inputs.files is not None or inputs.image_rows.shape[1:] != IMAGE_SHAPE:
+            batch_size = min(batch_size, _PHOTOS_AT_ONCE)
     batches = math.ceil(len(inputs) / batch_size)
     share = range(batches)[rank_slice(batches, world.rank, world.size)]
     rounds = math.ceil(math.ceil(batches / world.size) / round_batches)  # of the largest share

@@ -126,7 +126,7 @@ def doubt_of(model: MLP, config: TrainConfig) -> Doubt | None:
     if not (config.non_digits and config.validation_size):
         return None
     inputs = open_mnist(config.data_dir, "validation", config.validation_size, config.seed)
-    logits = predict(model, inputs.images(0, len(inputs)), World())
+    logits = predict(model.cpu(), inputs.images(0, len(inputs)), World())
     return find_doubt(logits, inputs.labels(0, len(inputs)))
 
 

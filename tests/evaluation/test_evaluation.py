@@ -431,7 +431,7 @@ def test_scored_and_expected_must_agree(tmp_path, model_file, images, monkeypatc
 def test_progress_in_plain_lines(tmp_path, model_file, images, monkeypatch, capsys):
     monkeypatch.setattr(scoring, "_SECONDS_BETWEEN_LINES", 0)
     np.save(tmp_path / "images.npy", images)
-    inputs = open_images(tmp_path / "images.npy", None)
+    inputs = open_images(tmp_path / "images.npy", None, "as-is")
     score(MLP((32, 24, 16, 12)), inputs, World(), 10)
     lines = capsys.readouterr().out.splitlines()
     pattern = r"scored (\d+) of 200 images, [\d,]+ images/s, \d+ s left"
