@@ -23,7 +23,7 @@ def test_a_checkout_on_windows_has_the_lines_of_unix(tmp_path, setting):
     returns = {path.relative_to(clone).as_posix() for path in files if b"\r" in path.read_bytes()}
     assert {path for path in returns if not path.endswith((".png", ".npz"))} == set()
     for picture in [*(clone / "docs").glob("*.png"), clone / "tests/nist.npz"]:
-        assert picture.read_bytes() == (ROOT / "docs" / picture.name).read_bytes()
+        assert picture.read_bytes() == (ROOT / picture.relative_to(clone)).read_bytes()
     assert {"run", "train", "Dockerfile", "train.sbatch"} <= {path.name for path in files}
 
 
