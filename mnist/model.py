@@ -43,7 +43,7 @@ class MLP(nn.Module):
 
     layers: Sequence[nn.Linear]
     doubt: Doubt | None = None
-    """None of a model that was not taught what is no digit."""
+    """None of a checkpoint, and of a model that was not taught what is no digit."""
 
     def __init__(self, hidden_sizes: Sequence[int]) -> None:
         super().__init__()

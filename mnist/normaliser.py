@@ -3,7 +3,7 @@
 MNIST's makers took NIST's bitmaps of 128×128: the box around the ink, squared, resampled to 20×20
 by area, then placed in 28×28 with the barycentre in the middle. How exactly was found out by
 Yadav and Bottou (2019, "Cold Case: The Lost MNIST Digits"); what follows them here gives MNIST's
-own bytes for 399 of 400 bitmaps. Finding the ink is not done here. Imports no torch.
+own bytes for 399 of 400 bitmaps. Finding the ink is not done here.
 """
 
 import functools

@@ -11,13 +11,15 @@ from numpy.typing import NDArray
 
 from mnist.cli import InputError
 from mnist.data import IMAGE_SHAPE
-from mnist.evaluation.ink import LONGEST
 
 if TYPE_CHECKING:
     from PIL import Image
 
 IMAGE_SUFFIXES = frozenset(".png .jpg .jpeg .bmp .gif .tif .tiff .webp .pgm".split())
 """The files of a folder that are its images, in small or capital letters."""
+
+LONGEST = 1024
+"""Pixels of the longer side of an image, to which larger ones are reduced."""
 
 _MOST_PIXELS = 200_000_000
 _ORIENTATION = 0x0112  # of EXIF
@@ -106,10 +108,11 @@ class FolderImages:
         return self._decoded(self._files[part], any_size=True)
 
     def _decoded(self, files: Sequence[str], any_size: bool) -> Iterator[NDArray[np.uint8]]:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's: of what matters, the error says more
-            for file in files:
-                yield _decode(self._folder / file, any_size)
+        for file in files:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Pillow's: of what matters, the error says more
+                image = _decode(self._folder / file, any_size)
+            yield image
 
 
 def _decode(path: Path, any_size: bool) -> NDArray[np.uint8]:
@@ -122,7 +125,7 @@ def _decode(path: Path, any_size: bool) -> NDArray[np.uint8]:
         with Image.open(path, formats=_DECODERS) as image:
             found = "×".join(map(str, image.size))
             frames = getattr(image, "n_frames", 1)
-            if frames != 1:
+            if frames != 1 and image.format != "MPO":  # a phone's JPEG, with a second picture
                 raise InputError(f"{path}: expected {what} of one frame, found {frames} frames")
             if not any_size and found != "28×28":
                 raise InputError(
@@ -132,12 +135,11 @@ def _decode(path: Path, any_size: bool) -> NDArray[np.uint8]:
             if image.width * image.height > _MOST_PIXELS:
                 raise InputError(f"{path}: expected at most 200 megapixels, found {found}")
             image.draft(None, (LONGEST, LONGEST))  # JPEG is decoded in part
+            orientation = image.getexif().get(_ORIENTATION, 1)
             pixels = _in_8_bits(image, path)
             if not any_size:
-                return (
-                    pixels if pixels.ndim == 2 else np.asarray(Image.fromarray(pixels).convert("L"))
-                )
-            orientation = image.getexif().get(_ORIENTATION, 1)
+                grey = pixels if pixels.ndim == 2 else Image.fromarray(pixels).convert("L")
+                return np.asarray(grey)
     except InputError:
         raise
     except Exception as error:  # Pillow's decoders raise almost anything over damaged files
@@ -145,26 +147,27 @@ def _decode(path: Path, any_size: bool) -> NDArray[np.uint8]:
         reason = reason.removesuffix(f" {str(path)!r}")
         raise InputError(f"{path}: cannot be read as {what}: {reason}") from None
     upright = Image.fromarray(pixels)
-    upright.thumbnail((LONGEST, LONGEST), Image.Resampling.BOX)
     upright.getexif()[_ORIENTATION] = orientation
     return np.asarray(ImageOps.exif_transpose(upright))
 
 
 def _in_8_bits(image: "Image.Image", path: Path) -> NDArray[np.uint8]:
-    """Grey, height×width, or colours, ×3, on an opaque ground."""
+    """Grey, height×width, or colours, ×3, on an opaque ground, in at most ``LONGEST`` pixels."""
+    from PIL import Image as PillowImage
+
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
-        return ((np.asarray(image).astype(np.int32) + 128) // 257).astype(np.uint8)
+        grey = ((np.asarray(image).astype(np.int32) + 128) // 257).astype(np.uint8)
+        image = PillowImage.fromarray(grey)
     if image.mode in ("I", "F"):
         raise InputError(f"{path}: expected 8 or 16 bits per pixel, found 32")
-    if image.has_transparency_data:
-        return _on_ground(
-            np.asarray(image.convert("RGBA")), np.asarray(image.convert("RGBA").convert("L"))
-        )
-    if image.mode in ("1", "L"):
-        return np.asarray(image.convert("L"))
-    colours = np.asarray(image.convert("RGB"))
-    plain = (colours == colours[..., :1]).all()
-    return colours[..., 0] if plain else colours
+    transparent = image.has_transparency_data
+    image = image.convert("RGBA" if transparent else "L" if image.mode in ("1", "L") else "RGB")
+    image.thumbnail((LONGEST, LONGEST), PillowImage.Resampling.BOX)  # with transparency weighed
+    if transparent:
+        return _on_ground(np.asarray(image), np.asarray(image.convert("L")))
+    pixels = np.asarray(image)
+    plain = pixels.ndim == 3 and (pixels == pixels[..., :1]).all()
+    return pixels[..., 0] if plain else pixels
 
 
 def _on_ground(image: NDArray[np.uint8], grey: NDArray[np.uint8]) -> NDArray[np.uint8]:

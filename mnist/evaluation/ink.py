@@ -14,9 +14,6 @@ from scipy import ndimage
 Grey = NDArray[np.floating[Any]]
 """height×width, 0 to 1."""
 
-LONGEST = 1024
-"""Pixels of the longer side of an image, to which larger ones are reduced before."""
-
 _LEAST_CONTRAST = 0.08  # of ink to its ground, as shares of the ground's light
 _LEAST_SIZE = 5  # pixels of the longer side of a digit, and in large images as a share of theirs:
 _LEAST_SHARE = 0.025
@@ -33,7 +30,7 @@ class Digit:
     """The ink of a digit that was found."""
 
     ink: NDArray[np.uint8]
-    """height×width of the image; 0 wherever it is not this digit's."""
+    """height×width of the image without its margin; 0 wherever it is not the digit's."""
     inverted: bool
     """Whether the image has dark ink on a light ground."""
 

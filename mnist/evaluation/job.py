@@ -16,7 +16,7 @@ from mnist.evaluation.config import EvaluateConfig
 from mnist.evaluation.inputs import Inputs, open_images, open_mnist
 from mnist.evaluation.page import render_page
 from mnist.evaluation.report import acceptance, figures, publish, staging
-from mnist.evaluation.scoring import Scores, score
+from mnist.evaluation.scoring import Scores, most_at_once, score
 from mnist.fetch import fetch_mnist
 from mnist.model import MLP, load_model
 from mnist.runs.checkpoint import enclosing_checkpoint, newest_checkpoint, step_of
@@ -272,7 +272,7 @@ def _report(
             "seconds": scores.seconds,
         },
         **environment(world),
-        "batch_size": batch_size,
+        "batch_size": min(batch_size, most_at_once(inputs)),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -281,8 +281,7 @@ def summary(report: dict[str, Any], name: str) -> list[str]:
     """What a person reads of a report, line by line."""
     lines = [f"warning     {warning}" for warning in report["warnings"]]
     accepted = []
-    if report["acceptance"]:
-        found = report["acceptance"]
+    if found := report.get("acceptance"):  # reports of earlier versions lack it
         of_these = f", of these {found['accuracy']:.2%} right" if found["labelled"] else ""
         accepted = [f"accepted    {found['share']:.2%} of the predictions{of_these}"]
     if not report["labelled"]:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mnist.data import IMAGE_SHAPE
-from mnist.evaluation.ink import find_digit
+from mnist.evaluation.folders import LONGEST
 from mnist.normaliser import INK_SIZE, normalise_digits
 
 Mode = Literal["auto", "as-is", "mnist"]
@@ -72,6 +72,10 @@ def prepare(images: Iterable[NDArray[Any]], count: int, mode: Mode) -> Prepared:
 
 def _prepare_one(image: NDArray[Any], mode: Mode) -> tuple[NDArray[Any], int]:
     """28×28 of the image's type, and its treatment."""
+    from mnist.evaluation.ink import (
+        find_digit,
+    )  # scipy takes half a second, and training none of it
+
     floats = image.dtype != np.uint8
     if mode == "auto" and image.shape == IMAGE_SHAPE:
         inverse = 1 - image if floats else 255 - image
@@ -79,8 +83,10 @@ def _prepare_one(image: NDArray[Any], mode: Mode) -> tuple[NDArray[Any], int]:
         if like or inverted:
             return (image, AS_THEY_ARE) if like else (inverse, INVERTED)
     pixels = _bytes(image)
-    if pixels.max() == 1:  # ink in bytes of 0 and 1
+    if pixels.max() == 1 and not floats:  # ink in bytes of 0 and 1
         pixels = pixels * np.uint8(255)
+    if max(pixels.shape) > LONGEST:
+        pixels = _thumbnail(pixels, LONGEST)
     digit = find_digit(pixels)
     if digit is None:
         return np.zeros(IMAGE_SHAPE, image.dtype), WITHOUT_DIGIT

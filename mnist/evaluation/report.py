@@ -228,7 +228,8 @@ def _calibration(bins: NDArray[np.float64]) -> dict[str, Any]:
         }
         for index, (number, right, confidence) in enumerate(bins)
     ]
-    error = float(np.abs(correct - confidences).sum() / numbers.sum())
+    gaps = np.abs(correct - confidences).sum()
+    error = float(gaps / numbers.sum()) if numbers.sum() else None  # no image shows a digit
     return {"expected_calibration_error": error, "bins": rows}
 
 

@@ -35,7 +35,6 @@ from mnist.pace import Pace
 # Processes exchange how far they are after so many batches: often enough for a progress display,
 # and so that none waits for another longer than a collective may take.
 _ROUND_BATCHES = 8
-_PHOTOS_AT_ONCE = 16
 _SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -47,6 +46,15 @@ class Scores:
     examples: Examples
     warnings: list[str]
     seconds: float
+
+
+def most_at_once(inputs: Inputs) -> int:
+    """How many images a process may prepare between two words with the others: a photo may take a
+    second and megabytes."""
+    if inputs.mode == "as-is":
+        return len(inputs)
+    small = inputs.files is None and inputs.image_rows.shape[1:] == IMAGE_SHAPE
+    return 1024 if small else 16
 
 
 def score(
@@ -67,11 +75,9 @@ def score(
     Raises:
         InputError: images are damaged, a row cannot be written, the model's output is no number.
     """
-    round_batches = _ROUND_BATCHES
-    if inputs.mode != "as-is":  # a photo may take a second, and megabytes
-        round_batches = 1
-        if inputs.files is not None or inputs.image_rows.shape[1:] != IMAGE_SHAPE:
-            batch_size = min(batch_size, _PHOTOS_AT_ONCE)
+    batch_size = min(batch_size, most_at_once(inputs))
+    prepares = inputs.mode != "as-is"  # which takes the time that it takes
+    round_batches = 1 if prepares else _ROUND_BATCHES
     batches = math.ceil(len(inputs) / batch_size)
     share = range(batches)[rank_slice(batches, world.rank, world.size)]
     rounds = math.ceil(math.ceil(batches / world.size) / round_batches)  # of the largest share
@@ -92,7 +98,7 @@ def score(
                     pace.count(time.perf_counter() - began)
                 return scorer.images
 
-            show(sum(world.from_all(work, prepares=turn == 0)))
+            show(sum(world.from_all(work, prepares=prepares or turn == 0)))
         world.from_all(scorer.close)
     scores = scorer.together()
     scored = int(scores.tally.treatments.sum())

@@ -23,7 +23,7 @@ SPLITS: tuple[Literal["test", "validation", "train"], ...] = ("test", "validatio
 """Of MNIST: the last two are what a run held out of the training images, and the rest."""
 
 PREDICTIONS_COLUMNS = ("index", "label", "prediction", "confidence", *(f"p{d}" for d in range(10)))
-"""Of ``predictions.csv``; a folder's images have their ``file`` as well."""
+"""Of ``predictions.csv``; with doubt there is ``accepted`` as well, of a folder ``file``."""
 
 
 def read_report(folder: Path) -> dict[str, Any] | None:
@@ -186,6 +186,7 @@ def changes(earlier: dict[str, Any], report: dict[str, Any]) -> list[str]:
     """In what a report on the same images differs from the one that it replaces."""
     differs = {
         "model": earlier["model"]["sha256"] != report["model"]["sha256"],
+        "preparation": earlier.get("prepare", "as-is") != report["prepare"],
         "precision": earlier.get("precision") != report["precision"],
         "contents of the images": _hash_of(earlier, "images") != _hash_of(report, "images"),
         "labels": _hash_of(earlier, "labels") != _hash_of(report, "labels"),

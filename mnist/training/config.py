@@ -45,7 +45,7 @@ class TrainConfig:
     data_dir: Path = Path(os.environ.get("MNIST_DATA_DIR") or "data")
     """MNIST in torchvision's layout, fetched if missing (environment: MNIST_DATA_DIR)."""
     seed: int = 0
-    """Decides initial weights, order of the images, distortions and validation split."""
+    """Decides initial weights, order of the images, what is made of them and validation split."""
     epochs: int = 25
     """Passes over the training images."""
     batch_size: int = 64

@@ -104,7 +104,7 @@ class Interval:
         """The row for it, from the sums of loss and correct predictions."""
         images = self._plan.images_until(step)
         seen = images - self._plan.images_until(self._logged_step)
-        number = totals[2] if len(totals) > 2 else seen  # only of digits
+        number = totals[2].clamp(min=1) if len(totals) > 2 else seen  # only of digits
         loss, accuracy = (totals[:2] / number).tolist()  # waits for a GPU
         elapsed = time.perf_counter() - self._began
         self._logged_step, self._seconds = step, self._seconds + elapsed
@@ -142,7 +142,7 @@ def fit(
     """Train a new model, or go on with one; every rank returns the same.
 
     Logs rows of: step, epoch and images (so far), train/loss and train/accuracy (means over the
-    images since the last row, each scored before its step learned from it), learning_rate,
+    digits since the last row, each scored before its step learned from it), learning_rate,
     images_per_second, seconds (of training, so far); at the end of an epoch also validation/loss
     and validation/accuracy.
 

@@ -82,7 +82,7 @@ def _radius_of(ink: Ink) -> NDArray[np.float64]:
 def _end(ink: Ink, key: Callable[[Points], NDArray[np.float64]]) -> Points:
     """The inked pixel of each of n×28×28 for which ``key`` of its place is highest."""
     grid = np.stack(np.meshgrid(np.arange(_SIZE), np.arange(_SIZE), indexing="ij"), -1) + 0.5
-    score = np.where(ink > 0.5, key(grid), -np.inf).reshape(len(ink), -1)
+    score = np.where(ink > 0.5, key(grid), -np.inf).reshape(len(ink), _SIZE * _SIZE)
     result: Points = grid.reshape(-1, 2)[score.argmax(1)]
     return result
 
@@ -111,7 +111,7 @@ def squeezed_pairs(digits: Digits, rng: Generator, count: int) -> Ink:
     wide = np.zeros((count, _SIZE, 3 * _SIZE), np.float32)
     for row, left, right, gap in zip(wide, *pair, rng.integers(-2, 4, count), strict=True):
         columns = [np.flatnonzero(image.any(0)) for image in (left, right)]
-        start = columns[0][-1] + 1 + gap - columns[1][0]
+        start = max(0, columns[0][-1] + 1 + gap - columns[1][0])
         row[:, :_SIZE] = left
         row[:, start : start + _SIZE] = np.maximum(row[:, start : start + _SIZE], right)
     result = np.zeros_like(wide)
@@ -181,7 +181,7 @@ def halves(digits: Digits, rng: Generator, count: int) -> Ink:
 
 
 def pieces(digits: Digits, rng: Generator, count: int) -> Ink:
-    """What a window of 9 to 14 pixels shows of a digit."""
+    """What a window of 6 to 10 pixels shows of a digit."""
     ink = digits.draw(rng, rng.integers(0, 10, count))
     for image, size, (top, left) in zip(
         ink, rng.integers(6, 11, count), rng.integers(5, 14, (count, 2)), strict=True

@@ -12,7 +12,7 @@ from mnist.cli import InputError
 from mnist.data import load_mnist
 from mnist.evaluation.config import parse_evaluate_config
 from mnist.evaluation.inputs import open_images
-from mnist.evaluation.job import evaluate
+from mnist.evaluation.job import evaluate, summary
 from mnist.evaluation.preparation import TREATMENTS, look_like_mnist, prepare
 from mnist.model import MLP, Doubt, save_model
 from mnist.runs.reports import headline, mapped_images, telling_predictions
@@ -123,6 +123,13 @@ def folder_of(path, images):
     return path
 
 
+def test_a_phone_s_jpeg_with_a_second_picture_is_its_first(tmp_path, images):
+    page = Image.fromarray(255 - images[0].repeat(4, 0).repeat(4, 1))
+    page.save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[Image.new("L", (56, 56))])
+    made = open_images(tmp_path, None).prepared(0, 1)
+    assert made.treatments.tolist() == [NORMALISED]
+
+
 def test_files_of_any_kind(tmp_path, images):
     found = open_images(folder_of(tmp_path / "digits", images), None)
     made = found.prepared(0, 11)
@@ -135,13 +142,22 @@ def test_files_of_any_kind(tmp_path, images):
     assert not made.images[10].any()
 
 
-def test_large_photos_are_reduced(tmp_path):
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "transparent.png", "packed.npy"])
+def test_large_photos_are_reduced(tmp_path, name):
     """3,000×2,000 pixels, a stroke of 1,500 of them."""
     page = np.full((2000, 3000), 220, np.uint8)
     page[300:1800, 1400:1600] = 40
-    (tmp_path / "digits").mkdir()
-    Image.fromarray(page).save(tmp_path / "digits/a.jpg")
-    made = open_images(tmp_path / "digits", None).prepared(0, 1)
+    place = tmp_path / "digits"
+    if name == "packed.npy":
+        np.save(place := tmp_path / name, page[None])
+    else:
+        place.mkdir()
+        image = Image.fromarray(page)
+        if name == "transparent.png":
+            image = Image.merge("LA", (image, Image.fromarray(255 - page // 2)))
+        image.save(place / name)
+    made = open_images(place, None).prepared(0, 1)
+    assert max(made.sources[0].shape) == 112
     assert made.treatments.tolist() == [NORMALISED]
     assert 19 <= np.count_nonzero(made.images[0].any(1)) <= 21
 
@@ -232,6 +248,53 @@ def test_a_model_without_doubt_says_nothing_of_it(tmp_path, images):
     assert "accepted" not in rows[0]
     assert report["acceptance"] is None and report["without_digit"] == 0
     assert report["model"]["temperature"] is None
+
+
+def test_labelled_images_without_any_digit_are_a_report_too(tmp_path, model_file):
+    np.save(tmp_path / "blank.npy", np.zeros((3, 50, 40), np.uint8))
+    np.save(tmp_path / "labels.npy", np.array([1, 2, 2]))
+    options = (
+        "--model",
+        model_file,
+        "--images",
+        tmp_path / "blank.npy",
+        "--output-dir",
+        tmp_path / "out",
+    )
+    run(*options, "--labels", tmp_path / "labels.npy")
+    rows, report = read(tmp_path / "out")
+    assert [row["prediction"] for row in rows] == ["", "", ""]
+    assert (report["accuracy"], report["without_digit"], report["acceptance"]["share"]) == (0, 3, 0)
+    assert report["calibration"]["expected_calibration_error"] is None
+    assert report["acceptance"]["accuracy"] is None and report["acceptance"]["curve"] == []
+    assert headline(report)["without_digit"] == 3
+
+
+def test_another_preparation_is_said_to_have_changed(tmp_path, model_file, images, capsys):
+    np.save(tmp_path / "images.npy", images)
+    for mode in ("auto", "mnist"):
+        run(
+            "--model",
+            model_file,
+            "--images",
+            tmp_path / "images.npy",
+            "--output-dir",
+            tmp_path / "out",
+            "--prepare",
+            mode,
+        )
+    assert (
+        "replaced the report of" in (said := capsys.readouterr().out) and "by preparation" in said
+    )
+
+
+def test_a_report_of_an_earlier_version_is_summed_up(reported):
+    _, report = read(reported)
+    assert any("accepted" in line for line in summary(report, "test"))
+    for name in ("acceptance", "prepared", "prepare", "without_digit", "prepared_examples"):
+        del report[name]
+    assert not any("accepted" in line for line in summary(report, "test"))
+    assert "accepted" not in headline(report)
 
 
 def test_the_page_shows_what_was_done(reported):

@@ -115,6 +115,11 @@ def test_kinds_come_in_turn(mnist):
     assert (solid == SCORED.index(the_commas)).mean() > 0.8
 
 
+@pytest.mark.parametrize("count", [1, 5])
+def test_few_can_be_made(mnist, count):
+    assert len(non_digits(*mnist, count, 0)) == len(other_hands(*mnist, count, 0)[0]) == count
+
+
 def test_training_images_come_first_then_what_is_added():
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (200, 28, 28), np.uint8))
     labels = torch.arange(200) % 10
