@@ -66,7 +66,7 @@ def _without_margin(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """What a frame of another ground surrounds, as a black square with a light digit on white
     paper; else the image itself."""
     grey = image if image.ndim == 2 else image.mean(2)
-    ring = np.concatenate([grey[0], grey[-1], grey[1:-1, 0], grey[1:-1, -1]])
+    ring = _ring(grey)
     margin = np.median(ring)
     if np.abs(ring - margin).max() > 32:
         return image
@@ -85,6 +85,11 @@ def _without_margin(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     ]
 
 
+def _ring(grey: NDArray[Any]) -> NDArray[Any]:
+    """The outermost pixels, each once."""
+    return np.concatenate([grey[0], grey[-1], grey[1:-1, 0], grey[1:-1, -1]])
+
+
 def is_ink_dark(grey: Grey) -> bool:
     """Whether strokes are darker than their ground.
 
@@ -96,7 +101,7 @@ def is_ink_dark(grey: Grey) -> bool:
     low, high = np.quantile(grey, (0.02, 0.98))
     if high - low < _LEAST_CONTRAST:
         low, high = grey.min(), grey.max()
-    ring = np.concatenate([grey[0], grey[-1], grey[1:-1, 0], grey[1:-1, -1]])
+    ring = _ring(grey)
     border = float(((ring - low) / (high - low)).clip(0, 1).mean())  # 1: light
     if abs(border - 0.5) > 0.35:
         return border > 0.5
@@ -249,9 +254,8 @@ def _digit_of(mask: NDArray[np.bool_], ink: Grey) -> NDArray[np.bool_] | None:
     if size < max(_LEAST_SIZE, _LEAST_SHARE * max(mask.shape)):
         return None
     kept, box = {main}, np.array([[part.start, part.stop] for part in boxes[main]])
-    others = [
-        i for i in np.argsort(-areas).tolist() if i != main and areas[i] >= 0.01 * areas[main]
-    ]
+    largest = np.argsort(-areas)[:100].tolist()  # a digit is of fewer, a halftone of thousands
+    others = [i for i in largest if i != main and areas[i] >= 0.01 * areas[main]]
     grown = True
     while grown:
         grown = False
