@@ -28,11 +28,16 @@ import psutil
 
 from mnist.cli import EXIT_CODE_FILE, InputError, WorldError, exit_codes
 from mnist.evaluation.config import parse_evaluate_config
+from mnist.reading.config import parse_read_config
 from mnist.system import leave, open_terminals, stop_signals
 from mnist.threads import take_binding
 from mnist.training.config import parse_train_config
 
-_PARSERS = {"train.py": parse_train_config, "evaluate.py": parse_evaluate_config}
+_PARSERS = {
+    "train.py": parse_train_config,
+    "evaluate.py": parse_evaluate_config,
+    "read.py": parse_read_config,
+}
 _RENDEZVOUS = "patient"  # of the launchers of several nodes
 
 

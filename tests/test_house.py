@@ -22,7 +22,7 @@ FLOORS = [
     {"evaluation"},
     {"runs", "model", "normaliser"},
     {"data", "fetch", "distributed", "figures", "pace"},
-    {"arrays", "meeting", "products", "shared_memory", "threads"},
+    {"arrays", "meeting", "pictures", "products", "shared_memory", "threads"},
     {"cli", "system"},
 ]
 LONG_FUNCTIONS = {"mnist.training.loop.fit"}  # reads from top to bottom, as a method section does

@@ -1,7 +1,6 @@
 """Image files in a folder: which there are, and their pixels."""
 
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -11,19 +10,14 @@ from numpy.typing import NDArray
 
 from mnist.cli import InputError
 from mnist.data import IMAGE_SHAPE
+from mnist.pictures import IMAGE_SUFFIXES, count_frames, decode_frames
 
 if TYPE_CHECKING:
     from PIL import Image
 
-IMAGE_SUFFIXES = frozenset(".png .jpg .jpeg .bmp .gif .tif .tiff .webp .pgm".split())
-"""The files of a folder that are its images, in small or capital letters."""
-
 LONGEST = 1024
 """Pixels of the longer side of an image, to which larger ones are reduced."""
 
-_MOST_PIXELS = 200_000_000
-_ORIENTATION = 0x0112  # of EXIF
-_DECODERS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")  # no others: one runs Ghostscript
 DIGITS = frozenset("0123456789")
 
 
@@ -109,81 +103,26 @@ class FolderImages:
 
     def _decoded(self, files: Sequence[str], any_size: bool) -> Iterator[NDArray[np.uint8]]:
         for file in files:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Pillow's: of what matters, the error says more
-                image = _decode(self._folder / file, any_size)
-            yield image
+            yield _decode(self._folder / file, any_size)
 
 
 def _decode(path: Path, any_size: bool) -> NDArray[np.uint8]:
     """One image file in 8 bits: height×width if it is grey, else ×3."""
-    from PIL import Image, ImageOps
-
-    Image.MAX_IMAGE_PIXELS = None  # see _MOST_PIXELS
     what = "an image" if any_size else "an image of 28×28"
-    try:
-        with Image.open(path, formats=_DECODERS) as image:
-            found = "×".join(map(str, image.size))
-            frames = getattr(image, "n_frames", 1)
-            if frames != 1 and image.format != "MPO":  # a phone's JPEG, with a second picture
-                raise InputError(f"{path}: expected {what} of one frame, found {frames} frames")
-            if not any_size and found != "28×28":
-                raise InputError(
-                    f"{path}: expected an image of 28×28 pixels, found {found}; "
-                    "--prepare auto takes any size"
-                )
-            if image.width * image.height > _MOST_PIXELS:
-                raise InputError(f"{path}: expected at most 200 megapixels, found {found}")
-            image.draft(None, (LONGEST, LONGEST))  # JPEG is decoded in part
-            orientation = image.getexif().get(_ORIENTATION, 1)
-            pixels = _in_8_bits(image, path)
-            if not any_size:
-                grey = pixels if pixels.ndim == 2 else Image.fromarray(pixels).convert("L")
-                return np.asarray(grey)
-    except InputError:
-        raise
-    except Exception as error:  # Pillow's decoders raise almost anything over damaged files
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        reason = reason.removesuffix(f" {str(path)!r}")
-        raise InputError(f"{path}: cannot be read as {what}: {reason}") from None
-    upright = Image.fromarray(pixels)
-    upright.getexif()[_ORIENTATION] = orientation
-    return np.asarray(ImageOps.exif_transpose(upright))
 
+    def check(image: "Image.Image") -> None:
+        frames = count_frames(image)
+        if frames != 1:
+            raise InputError(f"{path}: expected {what} of one frame, found {frames} frames")
+        if not any_size and image.size != (28, 28):
+            raise InputError(
+                f"{path}: expected an image of 28×28 pixels, found {image.width}×{image.height}; "
+                "--prepare auto takes any size"
+            )
 
-def _in_8_bits(image: "Image.Image", path: Path) -> NDArray[np.uint8]:
-    """Grey, height×width, or colours, ×3, on an opaque ground, in at most ``LONGEST`` pixels."""
-    from PIL import Image as PillowImage
+    ((pixels, _),) = decode_frames(path, LONGEST, check, what=what, upright=any_size)
+    if any_size or pixels.ndim == 2:
+        return pixels
+    from PIL import Image
 
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
-        grey = ((np.asarray(image).astype(np.int32) + 128) // 257).astype(np.uint8)
-        image = PillowImage.fromarray(grey)
-    if image.mode in ("I", "F"):
-        raise InputError(f"{path}: expected 8 or 16 bits per pixel, found 32")
-    transparent = image.has_transparency_data
-    image = image.convert("RGBA" if transparent else "L" if image.mode in ("1", "L") else "RGB")
-    image.thumbnail((LONGEST, LONGEST), PillowImage.Resampling.BOX)  # with transparency weighed
-    if transparent:
-        return _on_ground(np.asarray(image), np.asarray(image.convert("L")))
-    pixels = np.asarray(image)
-    plain = pixels.ndim == 3 and (pixels == pixels[..., :1]).all()
-    return pixels[..., 0] if plain else pixels
-
-
-def _on_ground(image: NDArray[np.uint8], grey: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Colours and alpha, height×width×4, on an opaque ground; grey if they are.
-
-    Under ink that is dark on average the ground is white, as a browser's canvas shows it (on black
-    the digit would vanish), else black.
-
-    Args:
-        image: the colours and alpha.
-        grey: how light the colours are, height×width.
-    """
-    alpha = image[..., 3:] / 255
-    ground = 255 if (grey * alpha[..., 0]).sum() < 127.5 * alpha.sum() else 0
-    colours = image[..., :3]
-    if (colours == colours[..., :1]).all():
-        colours = grey[..., None]
-    made = np.rint(colours * alpha + ground * (1 - alpha)).astype(np.uint8)
-    return made[..., 0] if made.shape[2] == 1 else made
+    return np.asarray(Image.fromarray(pixels).convert("L"))

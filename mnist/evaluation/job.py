@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from mnist.cli import InputError
 from mnist.distributed import World, connect
@@ -26,6 +26,15 @@ from mnist.runs.metrics import read_metrics
 from mnist.runs.mirror import WandbSettings, open_mirror
 from mnist.runs.reports import changes, find_place, read_report
 from mnist.system import sha256
+
+
+class ModelChoice(Protocol):
+    """The settings by which a model is named."""
+
+    @property
+    def run(self) -> Path | None: ...
+    @property
+    def model(self) -> Path | None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +108,7 @@ def _prepared(report: dict[str, Any]) -> list[str]:
     return [f"prepared    {said}"]
 
 
-def refuse_missing(config: EvaluateConfig) -> None:
+def refuse_missing(config: ModelChoice) -> None:
     """Before anything is fetched.
 
     Raises:
@@ -111,7 +120,7 @@ def refuse_missing(config: EvaluateConfig) -> None:
         raise InputError(f"--model {config.model}: no such file")
 
 
-def find_weights(config: EvaluateConfig) -> Weights:
+def find_weights(config: ModelChoice) -> Weights:
     """The model file that the options mean.
 
     Raises:

@@ -251,7 +251,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "shear": 0.2,
         "thickness": 0.7,
         "sharpness": 0.4,
-        "other_hands": 0.5,
+        "other_hands": 0.6,
         "non_digits": 0.35,
     },
 }

@@ -22,7 +22,7 @@ from PIL import Image
 from mnist import data
 from mnist.cli import InputError
 from mnist.evaluation import report
-from mnist.evaluation.folders import IMAGE_SUFFIXES
+from mnist.pictures import IMAGE_SUFFIXES
 from mnist.evaluation.inputs import Inputs, open_images, open_mnist
 from mnist.evaluation.preparation import WITHOUT_DIGIT
 from mnist.evaluation.suspicions import Suspicions, suspicion_warnings

@@ -7,17 +7,21 @@ import torch
 from mnist.data import load_mnist
 from mnist.model import NO_DIGIT
 from mnist.training.config import TrainConfig
-from mnist.training.synthesis import (
+from mnist.training.drawing import Originals
+from mnist.training.hands import (
     HANDS,
+    barred_zeros,
+    ones_with_upstroke,
+    other_hands,
+    tailed_zeros,
+)
+from mnist.training.synthesis import (
     SCORED,
     TAUGHT,
-    Digits,
     crosses,
     dashes,
     joined_halves,
     non_digits,
-    ones_with_upstroke,
-    other_hands,
     squeezed_pairs,
     synthesise,
     turned,
@@ -33,7 +37,7 @@ def mnist(data_dir):
 
 @pytest.fixture(scope="module")
 def digits(mnist):
-    return Digits(*mnist)
+    return Originals(*mnist)
 
 
 def box(image):
@@ -131,3 +135,19 @@ def test_training_images_come_first_then_what_is_added():
     assert all_labels[300:].tolist() == [NO_DIGIT] * 50
     unchanged = synthesise(images, labels, TrainConfig())
     assert torch.equal(unchanged[0], images) and torch.equal(unchanged[1], labels)
+
+
+def test_a_zero_gets_a_tail_to_its_right_or_a_bar_through_it(digits):
+    zeros = digits.draw(np.random.default_rng(0), np.zeros(100, int))
+    tailed = tailed_zeros(digits, np.random.default_rng(0), 100)
+    heights = [np.count_nonzero(ink.max(2) > 0.5, 1).mean() for ink in (zeros, tailed)]
+    assert heights[1] < 0.9 * heights[0]  # many are low
+
+    def reach(ink):
+        return 28 - np.argmax(ink.max(1)[:, ::-1] > 0.5, 1)
+
+    assert (reach(tailed) >= reach(zeros)).all() and (reach(tailed) > reach(zeros)).mean() > 0.7
+    barred = barred_zeros(digits, np.random.default_rng(0), 100)
+    assert (barred >= zeros - 1e-6).all()
+    middle = (slice(None), slice(11, 17), slice(11, 17))
+    assert (barred[middle].sum((1, 2)) > zeros[middle].sum((1, 2)) + 3).mean() > 0.9

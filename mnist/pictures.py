@@ -1,0 +1,131 @@
+"""Users' image files, decoded: upright, in 8 bits, on an opaque ground, in bounded memory."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mnist.cli import InputError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+IMAGE_SUFFIXES = frozenset(".png .jpg .jpeg .bmp .gif .tif .tiff .webp .pgm".split())
+"""The files of a folder that are its images, in small or capital letters."""
+
+_MOST_PIXELS = 200_000_000
+_ORIENTATION = 0x0112  # of EXIF
+_DECODERS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")  # no others: one runs Ghostscript
+
+
+class Frame(NamedTuple):
+    """A picture of a file."""
+
+    pixels: NDArray[np.uint8]
+    """height×width of one that is grey, else height×width×3; upright."""
+    size: tuple[int, int]
+    """Width and height, upright, that it has in its file; there may be fewer pixels here."""
+
+
+def count_frames(image: "Image.Image") -> int:
+    """How many pictures a file holds; a phone's JPEG has a second one that is not for people."""
+    return 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+
+
+def decode_frames(
+    path: Path,
+    longest: int,
+    check: Callable[["Image.Image"], None],
+    *,
+    what: str = "an image",
+    upright: bool = True,
+) -> Iterator[Frame]:
+    """The frames of an image file.
+
+    Args:
+        path: the file.
+        longest: pixels of the longer side, to which larger frames are reduced.
+        check: raises an InputError if the file, opened but not yet decoded, is not as expected.
+        what: is expected, for messages.
+        upright: turn them as EXIF says.
+
+    Raises:
+        InputError: it is no image, damaged, too large, or not as expected.
+    """
+    from PIL import Image, ImageOps
+
+    Image.MAX_IMAGE_PIXELS = None  # see _MOST_PIXELS
+    number = 0
+    while True:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Pillow's: of what matters, the error says more
+                with Image.open(path, formats=_DECODERS) as image:
+                    check(image)
+                    count = count_frames(image)
+                    if number:
+                        image.seek(number)
+                    width, height = image.size
+                    if width * height > _MOST_PIXELS:
+                        raise InputError(
+                            f"{path}: expected at most 200 megapixels, found {width}×{height}"
+                        )
+                    image.draft(None, (longest, longest))  # JPEG is decoded in part
+                    orientation = image.getexif().get(_ORIENTATION, 1) if upright else 1
+                    pixels = _in_8_bits(image, path, longest)
+        except InputError:
+            raise
+        except Exception as error:  # Pillow's decoders raise almost anything over damaged files
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+            reason = reason.removesuffix(f" {str(path)!r}")
+            raise InputError(f"{path}: cannot be read as {what}: {reason}") from None
+        if orientation != 1:
+            turned = Image.fromarray(pixels)
+            turned.getexif()[_ORIENTATION] = orientation
+            pixels = np.asarray(ImageOps.exif_transpose(turned))
+        lies = orientation in (5, 6, 7, 8)
+        yield Frame(pixels, (height, width) if lies else (width, height))
+        number += 1
+        if number >= count:
+            return
+
+
+def _in_8_bits(image: "Image.Image", path: Path, longest: int) -> NDArray[np.uint8]:
+    """Grey, height×width, or colours, ×3, on an opaque ground, in at most ``longest`` pixels."""
+    from PIL import Image as PillowImage
+
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+        grey = ((np.asarray(image).astype(np.int32) + 128) // 257).astype(np.uint8)
+        image = PillowImage.fromarray(grey)
+    if image.mode in ("I", "F"):
+        raise InputError(f"{path}: expected 8 or 16 bits per pixel, found 32")
+    transparent = image.has_transparency_data
+    image = image.convert("RGBA" if transparent else "L" if image.mode in ("1", "L") else "RGB")
+    image.thumbnail((longest, longest), PillowImage.Resampling.BOX)  # with transparency weighed
+    if transparent:
+        return _on_ground(np.asarray(image), np.asarray(image.convert("L")))
+    pixels = np.asarray(image)
+    plain = pixels.ndim == 3 and (pixels == pixels[..., :1]).all()
+    return pixels[..., 0] if plain else pixels
+
+
+def _on_ground(image: NDArray[np.uint8], grey: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Colours and alpha, height×width×4, on an opaque ground; grey if they are.
+
+    Under ink that is dark on average the ground is white, as a browser's canvas shows it (on black
+    the digit would vanish), else black.
+
+    Args:
+        image: the colours and alpha.
+        grey: how light the colours are, height×width.
+    """
+    alpha = image[..., 3:] / 255
+    ground = 255 if (grey * alpha[..., 0]).sum() < 127.5 * alpha.sum() else 0
+    colours = image[..., :3]
+    if (colours == colours[..., :1]).all():
+        colours = grey[..., None]
+    made = np.rint(colours * alpha + ground * (1 - alpha)).astype(np.uint8)
+    return made[..., 0] if made.shape[2] == 1 else made

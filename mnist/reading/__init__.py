@@ -1,0 +1,1 @@
+"""Reading the numbers on users' photos and scans."""

@@ -1,0 +1,378 @@
+"""From a page to its ink: ground levelled, paper's noise, rules and grids left out.
+
+Sizes are in pixels of the page, unless a name says share; ink is from 0, none, to 1.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+Grey = NDArray[np.floating[Any]]
+"""height×width, 0 to 1."""
+Mask = NDArray[np.bool_]
+"""height×width."""
+
+_TILE = 40  # pixels of the reduced page
+_COARSE = 320  # pixels of the longer side on which the ground is looked for
+_SCALES = (0.06, 0.15, 0.35, 0.8)  # of the shorter side: what is narrower and darker is ink
+_LEAST_SCALE = 9  # pixels of the page
+_LEAST_CONTRAST = 0.08  # of ink to its ground, as a share of the ground's light
+_BROADEST = 0.2  # of the shorter side: a stroke is narrower
+_LOST = 0.1  # of the ink: if a wider scale finds that much more, strokes were taken for ground
+_EIGHT = np.ones((3, 3), bool)
+
+
+@dataclass(frozen=True)
+class Ink:
+    """What is written or printed on a page."""
+
+    strength: Grey
+    """height×width, float32: how much darker than its ground each pixel is, as a share of that."""
+    mask: Mask
+    """height×width: where there is ink of marks."""
+    rules: Mask
+    """height×width: what was left out of the mask as lines of the paper or of a form."""
+    stroke: float
+    """About how wide strokes are."""
+    inverted: bool
+    """Whether the ink is lighter than the ground."""
+
+
+def find_ink(page: NDArray[np.uint8]) -> Ink:
+    """The ink of a page.
+
+    Args:
+        page: height×width, or height×width×3.
+    """
+    values = page.astype(np.float32) / 255
+    inverted = not _is_ink_dark(values if values.ndim == 2 else values.mean(2))
+    if inverted:
+        values = 1 - values
+    strength = _strength(values)
+    mask = _mask(strength)
+    mask, rules = _without_rules(mask)
+    widths = np.minimum(_runs(mask), _runs(mask.T).T)[mask]
+    stroke = float(np.median(widths)) if len(widths) else 0.0
+    return Ink(strength, mask, rules, stroke, inverted)
+
+
+# --------------------------------------------------------------------------- ground and polarity
+
+
+def _is_ink_dark(grey: Grey) -> bool:
+    """Whether what is rare is darker than what surrounds it, in most places."""
+    small = _reduced(grey, _COARSE)
+    tile = min(_TILE, *small.shape)
+    rows, columns = (side // tile for side in small.shape)
+    tiles = small[: rows * tile, : columns * tile].reshape(rows, tile, columns, tile)
+    low, middle, high = np.quantile(tiles, (0.02, 0.5, 0.98), (1, 3))
+    return bool(np.square(middle - low).sum() >= np.square(high - middle).sum())
+
+
+def _reduced(values: Grey, longest: int) -> Grey:
+    """By a whole factor, averaged, so that its longer side has at most about so many pixels."""
+    factor = max(1, round(max(values.shape) / longest))
+    if factor == 1:
+        return values
+    height, width = (side // factor * factor for side in values.shape)
+    blocks = values[:height, :width].reshape(height // factor, factor, width // factor, factor)
+    result: Grey = blocks.mean((1, 3))
+    return result
+
+
+def _strength(values: Grey) -> Grey:
+    """How much darker than the ground around it each pixel is, of height×width or ×3."""
+    channels = [values] if values.ndim == 2 else [values[..., index] for index in range(3)]
+    coarse = [_reduced(channel, _COARSE) for channel in channels]
+    size = _scale(coarse[0] if len(coarse) == 1 else np.min(coarse, 0), values.shape[:2])
+    inks = []
+    for channel, small in zip(channels, coarse, strict=True):
+        ground = np.maximum(_enlarged(_ground(small, size), channel.shape), 0.02)
+        inks.append((1 - channel / ground).clip(0, 1))
+    if len(inks) == 1:
+        return inks[0]
+    shown = [_strongest(ink) / (_noise_of(ink)[1] + 0.02) for ink in inks]
+    order = np.argsort(shown)
+    best: Grey = inks[order[-1]]
+    # A pen of another colour shows in another channel.
+    for index in order[:-1]:
+        if shown[index] > 0.4 * shown[order[-1]]:
+            best = np.maximum(best, inks[index])
+    return best
+
+
+def _ground(small: Grey, size: int) -> Grey:
+    """The ground of a reduced page: what a closing of that size leaves of it, smoothed."""
+    around = size
+    padded = np.pad(small, around, mode="edge")
+    ground = ndimage.grey_closing(padded, (size, size))
+    ground = ndimage.uniform_filter(ground, max(1, size // 2))
+    result: Grey = ground[around:-around, around:-around]
+    return result
+
+
+def _scale(small: Grey, shape: tuple[int, ...]) -> int:
+    """The size of a closing, in pixels of the reduced page, that takes no stroke for ground.
+
+    The narrowest at which no wider one finds more ink, in marks that are no shadows: those lie
+    inside the page, and are of strokes.
+    """
+    factor = max(shape) / max(small.shape)
+    wanted = (max(share * min(shape), _LEAST_SCALE) for share in _SCALES)
+    sizes: list[int] = sorted({max(3, round(size / factor)) | 1 for size in wanted})
+    inks = [(1 - small / np.maximum(_ground(small, size), 0.02)).clip(0, 1) for size in sizes]
+    masks = [_mask(ink) for ink in inks]
+    broadest = max(3, round(_BROADEST * min(small.shape)))
+    for index, (size, mask) in enumerate(zip(sizes, masks, strict=True)):
+        least = max(4, _LOST * np.count_nonzero(mask))
+        for wider in masks[index + 1 :]:
+            wider = wider & ~_at_frame(wider)
+            blots, _ = ndimage.label(wider, _EIGHT)
+            broad = ndimage.minimum_filter(wider, broadest, mode="constant")
+            kept = np.ones(blots.max() + 1, bool)
+            kept[blots[broad]] = kept[0] = False
+            if np.count_nonzero(kept[blots] & ~mask) > least:
+                break
+        else:
+            return size
+    return sizes[-1]
+
+
+def _at_frame(mask: Mask) -> Mask:
+    """The marks that reach the border of the page."""
+    marks, _ = ndimage.label(mask, _EIGHT)
+    at_border = np.unique(np.concatenate([marks[0], marks[-1], marks[:, 0], marks[:, -1]]))
+    return np.isin(marks, at_border[at_border > 0])
+
+
+def _enlarged(small: Grey, shape: tuple[int, ...]) -> Grey:
+    """To the size of the page, smoothly."""
+    from PIL import Image
+
+    if small.shape == shape:
+        return small
+    image = Image.fromarray(small.astype(np.float32))
+    return np.asarray(image.resize((shape[1], shape[0]), Image.Resampling.BILINEAR))
+
+
+def _strongest(ink: Grey) -> float:
+    """How much ink the most inked have, one pixel of 2,000 and at least three."""
+    some = ink[:: max(1, ink.shape[0] // 512), :: max(1, ink.shape[1] // 512)]
+    index = some.size - max(3, some.size // 2000)
+    return float(np.partition(some, index, axis=None)[index])
+
+
+def _noise_of(ink: Grey) -> tuple[float, float]:
+    """The median of what is no ink, and its standard deviation."""
+    some = ink[:: max(1, ink.shape[0] // 512), :: max(1, ink.shape[1] // 512)]
+    ground = some[some <= otsu(some)]
+    middle = float(np.median(ground))
+    return middle, float(1.4826 * np.median(np.abs(ground - middle)))
+
+
+def otsu(ink: Grey) -> float:
+    """The threshold that separates two classes best (Otsu, 1979); 1 if there is but one."""
+    counts, edges = np.histogram(ink, 64, (0, 1))
+    middles = (edges[1:] + edges[:-1]) / 2
+    below, sums = counts.cumsum(), (counts * middles).cumsum()
+    above = below[-1] - below
+    with np.errstate(all="ignore"):
+        gap = sums / below - (sums[-1] - sums) / above
+        between = below * above * np.square(gap)
+    between = np.nan_to_num(between[:-1])
+    return float(edges[1 + between.argmax()]) if between.any() else 1.0
+
+
+def _mask(ink: Grey) -> Mask:
+    """Where there is ink: above a threshold of the page's own, and what is joined to that."""
+    ground, noise = _noise_of(ink)
+    strongest = _strongest(ink)
+    threshold = max(
+        min(otsu(ink), 0.6 * strongest), 0.35 * strongest, ground + 3 * noise, _LEAST_CONTRAST
+    )
+    strong = ink > threshold
+    if not strong.any() or ink[strong].mean() - ground < max(1.5 * _LEAST_CONTRAST, 4 * noise):
+        return np.zeros(ink.shape, bool)
+    higher = _above_pattern(ink, strong)
+    if higher > threshold:
+        threshold, strong = higher, ink > higher
+    weak = ink > max(0.7 * threshold, ground + 2.5 * noise)
+    marks, count = ndimage.label(weak, _EIGHT)
+    kept = np.zeros(count + 1, bool)
+    kept[marks[strong]] = True
+    kept[0] = False
+    mask: Mask = kept[marks]
+    return mask
+
+
+def _above_pattern(ink: Grey, strong: Mask) -> float:
+    """A higher threshold where much of what is inked is a fine pattern of the paper; else 0.
+
+    Lines of a pattern are weaker than strokes, and narrower; weaker are also the edges of strokes,
+    but those lie beside them.
+    """
+    threshold = otsu(ink[strong])
+    strokes = strong & (ink > threshold)
+    if not strokes.any():
+        return 0.0
+    pattern = strong & ~ndimage.binary_dilation(strokes, _EIGHT, 2)
+    if np.count_nonzero(pattern) < 0.25 * np.count_nonzero(strong):
+        return 0.0
+    widths = np.minimum(_runs(strong), _runs(strong.T).T)
+    return threshold if np.mean(widths[pattern]) < 0.7 * np.mean(widths[strokes]) else 0.0
+
+
+# ------------------------------------------------------------------------------------------ rules
+
+
+def _without_rules(mask: Mask) -> tuple[Mask, Mask]:
+    """The mask without the lines of paper or form, and these."""
+    size = _digit_size(mask)
+    rules = _rules(mask, size) | _rules(mask.T, size).T
+    if not rules.any():
+        return mask, rules
+    rest = mask & ~rules
+    marks, count = ndimage.label(rest, _EIGHT)
+    near = ndimage.binary_dilation(rules, _EIGHT, 2) & rest
+    areas, touching = (np.bincount(marks[part], minlength=count + 1) for part in (rest, near))
+    kept = touching <= 0.6 * areas  # the rest are crossings, and edges of rules
+    kept[0] = False
+    return kept[marks], rules
+
+
+def _runs(mask: Mask) -> NDArray[np.int32]:
+    """For each inked pixel how long its run is, up and down; 0 elsewhere."""
+    height, _ = mask.shape
+    rows = np.arange(height, dtype=np.int32)[:, None]
+    above = np.maximum.accumulate(np.where(mask, -1, rows), 0)  # the last ground above, or at, it
+    below = np.minimum.accumulate(np.where(mask, height, rows)[::-1], 0)[::-1]
+    return np.where(mask, below - above - 1, 0).astype(np.int32)
+
+
+def _digit_size(mask: Mask) -> float:
+    """About how high the digits of a page are, though rules may join them."""
+    marks, count = ndimage.label(mask, _EIGHT)
+    if not count:
+        return 0.0
+    boxes = np.array([[p.stop - p.start for p in box] for box in ndimage.find_objects(marks)])
+    areas = np.bincount(marks.ravel(), minlength=count + 1)[1:]
+    sides = boxes.min(1)
+    order = np.argsort(sides)
+    middle = sides[order][np.searchsorted(areas[order].cumsum(), 0.5 * areas.sum())]
+    return float(min(middle, 0.18 * max(mask.shape)))
+
+
+def _rules(mask: Mask, digit: float) -> Mask:
+    """Thin lines that go across much of the page, nearly straight and level: what of them is no
+    stroke that crosses them.
+
+    Args:
+        mask: where there is ink.
+        digit: about how high digits are.
+    """
+    height, width = mask.shape
+    found = np.zeros_like(mask)
+    if not mask.any():
+        return found
+    runs = _runs(mask)
+    thickness = max(2, int(np.quantile(np.minimum(runs, _runs(mask.T).T)[mask], 0.8) * 1.5))
+    thin, widest = mask & (runs <= thickness), 0.0
+    for chain in _chains(_segments(thin, thickness), thickness, digit):
+        left, right = chain[0][0], chain[-1][1]
+        whole = left <= 1 and right >= width - 1
+        if not whole and right - left < max(0.45 * width, 2.5 * digit):
+            continue
+        if sum(stop - start for start, stop, _, _ in chain) < 0.4 * (right - left):
+            continue
+        xs = np.array([x for start, stop, _, _ in chain for x in (start, stop - 1)])
+        ys = np.array([y for _, _, first, last in chain for y in (first, last)])
+        place = np.arange(left, right)
+        middle = np.interp(place, xs, ys)
+        near = [np.rint(middle + offset).astype(int).clip(0, height - 1) for offset in (-1, 0, 1)]
+        if np.mean(mask[near[0], place] | mask[near[1], place] | mask[near[2], place]) < 0.85:
+            continue  # feet of digits that stand in a line
+        own = float(np.median(runs[near[1], place][thin[near[1], place]]))
+        place, middle = _extended(mask, xs, ys)
+        for offset in range(-math.ceil(own / 2) - 1, math.ceil(own / 2) + 2):
+            y = np.rint(middle + offset).astype(int)
+            inside = (y >= 0) & (y < height)
+            row, column = y[inside], place[inside]
+            found[row, column] |= thin[row, column] & (runs[row, column] <= 1.5 * own + 1)
+        widest = max(widest, own)
+    whole = np.ones((3, 1), bool)
+    lines: Mask = ndimage.binary_propagation(found, whole, thin & (runs <= 1.5 * widest + 1))
+    return lines
+
+
+def _extended(
+    mask: Mask, xs: NDArray[np.int64], ys: NDArray[np.float64]
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The columns of a line and its height in each, as far as there is ink where it would go on."""
+    height, width = mask.shape
+    place = np.arange(width)
+    middle = np.interp(place, xs, ys)
+    few = max(2, len(xs) // 4)
+    for outside, ends in ((place < xs[0], slice(0, few)), (place > xs[-1], slice(-few, None))):
+        slope = np.polyfit(xs[ends], ys[ends], 1)[0]
+        at = xs[0] if ends.start == 0 else xs[-1]
+        middle[outside] = middle[at] + slope * (place[outside] - at)
+    near = [np.rint(middle + offset).astype(int).clip(0, height - 1) for offset in (-1, 0, 1)]
+    inked = mask[near[0], place] | mask[near[1], place] | mask[near[2], place]
+    gaps = np.flatnonzero(~inked & ((place < xs[0]) | (place > xs[-1])))
+    left = gaps[gaps < xs[0]].max(initial=-1) + 1
+    right = gaps[gaps > xs[-1]].min(initial=width)
+    return place[left:right], middle[left:right]
+
+
+Segment = tuple[int, int, float, float]
+"""Left, right, and the height at both."""
+
+
+def _segments(thin: Mask, thickness: int) -> list[Segment]:
+    """Straight bits of thin lines, from left to right, each at most a block wide."""
+    block = max(12, 3 * thickness)
+    flat = ndimage.binary_dilation(thin, np.ones((3, 1), bool))
+    level = _runs(flat.T).T
+    flat = thin & (level >= block)
+    flat[:, ::block] = False
+    pieces, _ = ndimage.label(flat, _EIGHT)
+    segments = []
+    for index, (rows, columns) in enumerate(ndimage.find_objects(pieces)):
+        length = columns.stop - columns.start
+        if length < 0.6 * block or rows.stop - rows.start > thickness + 0.3 * length:
+            continue
+        own = pieces[rows, columns] == index + 1
+        xs = np.flatnonzero(own.any(0))
+        ys = (own * np.arange(own.shape[0])[:, None]).sum(0)[xs] / own.sum(0)[xs]
+        slope, start = np.polyfit(xs, ys, 1)
+        if np.square(ys - start - slope * xs).mean() ** 0.5 > 0.4 + 0.06 * thickness:
+            continue
+        first = rows.start + start
+        segments.append((columns.start, columns.stop, first, first + slope * (length - 1)))
+    return sorted(segments)
+
+
+def _chains(segments: list[Segment], thickness: int, digit: float) -> list[list[Segment]]:
+    """Segments that continue one another."""
+    chains: list[list[Segment]] = []
+    most = max(10 * thickness, 2 * digit)
+    for segment in segments:
+        best, least = None, np.inf
+        for chain in chains:
+            start, stop, first, last = chain[-1]
+            gap = segment[0] - stop
+            if not -2 <= gap <= most:
+                continue
+            slope = (last - first) / (stop - start)
+            off = min(abs(last + share * slope * gap - segment[2]) for share in (0, 0.5, 1))
+            if off <= 1 + 0.3 * thickness + 0.03 * gap and off + 0.02 * gap < least:
+                best, least = chain, off + 0.02 * gap
+        if best is None:
+            chains.append([segment])
+        else:
+            best.append(segment)
+    return chains

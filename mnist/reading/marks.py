@@ -1,0 +1,302 @@
+"""From the ink of a page to lines of marks, cut into pieces that digits may be made of.
+
+Sizes are in pixels, unless a name says share. A line is worked on at its own scale, at which its
+digits are about ``DIGIT_HEIGHT`` high, or lower where the page has no more.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+from scipy.signal import find_peaks
+
+from mnist.reading.ink import Grey, Ink, Mask
+
+DIGIT_HEIGHT = 40
+
+_EIGHT = np.ones((3, 3), bool)
+_SPECK = 0.12  # of a digit's height: a mark of less, both ways, is left out
+_HAIR = 0.5  # of the usual stroke's width: a line that is thinner is none of a digit
+_FARTHEST = 4.5  # digit heights between neighbours of a line
+_CUT_WIDTH = 0.5  # of a digit's height: what is wider may be several digits
+_CUT_APART = 0.13  # of a digit's height: between cuts
+_CUTS_PER_WIDTH = 4.0  # at most, for each digit height of a mark's width
+_VALLEY = 0.06  # of a digit's height: shallower ones of an outline are none
+_MOST_INK = 0.5  # of a digit's height: a cut through more is none, but between valleys
+_SIDEWAYS = 0.15  # ink that a step aside costs a cut
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of marks, left to right, at its own scale."""
+
+    ink: NDArray[np.uint8]
+    """height×width: how much ink, full where strokes are."""
+    pieces: NDArray[np.int32]
+    """height×width: which piece, from 1, a pixel belongs to; 0 none."""
+    boxes: NDArray[np.int64]
+    """n×4: top, left, bottom and right of each piece."""
+    cuts: NDArray[np.float64]
+    """n: ink that the cut before each piece goes through, in digit heights; 0 if it is another
+    mark."""
+    digit_height: float
+    at_border: NDArray[np.bool_]
+    """n: whether a piece reaches the border of the page."""
+    origin: tuple[float, float]
+    """Where on the page its upper left corner lies, down and to the right."""
+    scale: float
+    """Pixels of the page that one of the line is high and wide."""
+
+
+def find_lines(ink: Ink) -> list[Line]:
+    """The lines of a page, from top to bottom."""
+    marks, count = ndimage.label(ink.mask, _EIGHT)
+    if not count:
+        return []
+    boxes = np.array(
+        [[r.start, c.start, r.stop, c.stop] for r, c in ndimage.find_objects(marks)], np.int64
+    )
+    areas = np.bincount(marks.ravel(), minlength=count + 1)[1:]
+    longest = (boxes[:, 2:] - boxes[:, :2]).max(1)
+    drawn = areas > _HAIR * ink.stroke * longest
+    if not drawn.any():
+        return []
+    renumbered = np.zeros(count + 1, np.int32)
+    renumbered[1:][drawn] = np.arange(1, np.count_nonzero(drawn) + 1)
+    marks, boxes, areas = renumbered[marks], boxes[drawn], areas[drawn]
+    lines = []
+    for members in _group(boxes, areas, ink.mask.shape):
+        line = _make_line(ink, marks, boxes, members)
+        if line is not None:
+            lines.append(line)
+    return lines
+
+
+def _group(
+    boxes: NDArray[np.int64], areas: NDArray[np.int64], shape: tuple[int, ...]
+) -> list[NDArray[np.int64]]:
+    """Marks by line of text."""
+    heights, widths = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    order = np.argsort(heights)
+    weights = areas[order].cumsum()
+    usual = heights[order][np.searchsorted(weights, 0.5 * weights[-1])]
+    cut_off = ((boxes[:, :2] <= 0) | (boxes[:, 2:] >= shape)).any(1)
+    # Of what surrounds the page, or of its frame.
+    thin = (heights > 4 * widths) | (areas < 0.2 * heights * widths)
+    frame = cut_off & (heights > 1.2 * usual) & thin
+    tall = np.flatnonzero((heights >= 0.4 * usual) & ~frame)
+    lines: list[list[int]] = []
+    for index in tall[np.argsort(boxes[tall, 1] + 0.25 * widths[tall])].tolist():
+        best, most = None, 0.3
+        for line in lines:
+            last = line[-3:]
+            top, bottom = boxes[last, 0].min(), boxes[last, 2].max()
+            right, height = boxes[line, 3].max(), heights[last].max()
+            if boxes[index, 1] - right > _FARTHEST * max(height, heights[index]):
+                continue
+            shared = min(bottom, boxes[index, 2]) - max(top, boxes[index, 0])
+            share = shared / min(bottom - top, heights[index])
+            if share > most:
+                best, most = line, share
+        if best is None:
+            lines.append([index])
+        else:
+            best.append(index)
+    small = np.flatnonzero((heights < 0.4 * usual) & ~(cut_off & (widths > heights)))
+    for index in small.tolist():
+        top, left, bottom, right = boxes[index].tolist()
+        if max(bottom - top, right - left) < max(2, _SPECK * usual):
+            continue
+        best, least = None, 0.1 * usual
+        for line in lines:
+            near = (
+                line
+                if len(line) < 4
+                else sorted(line, key=lambda i: max(boxes[i, 1] - right, left - boxes[i, 3]))[:3]
+            )
+            aside = max(boxes[near, 1].min() - right, left - boxes[near, 3].max(), 0)
+            middle, flat = (top + bottom) / 2, right - left > 2.5 * (bottom - top)
+            lowest = np.median(boxes[near, 2]) - 0.15 * usual if flat else boxes[near, 2].max()
+            away = max(boxes[near, 0].min() - middle, middle - lowest, 0)
+            if aside < 2 * usual and away < (0.02 * usual if flat else least):
+                best, least = line, away
+        if best is not None:
+            best.append(index)
+    lines.sort(key=lambda line: float(np.median(boxes[line, 0] + boxes[line, 2])))
+    return [np.array(line) for line in lines]
+
+
+def _make_line(
+    ink: Ink, marks: NDArray[np.int32], boxes: NDArray[np.int64], members: NDArray[np.int64]
+) -> Line | None:
+    """Cut a line out of a page, bring it to its scale, and its marks into pieces."""
+    own = boxes[members]
+    heights = own[:, 2] - own[:, 0]
+    digit_height = float(np.median(heights[heights >= 0.5 * heights.max()]))
+    top, left = own[:, :2].min(0)
+    bottom, right = own[:, 2:].max(0)
+    whole = slice(max(0, top - 2), bottom + 2), slice(max(0, left - 2), right + 2)
+    chosen = np.zeros(len(boxes) + 1, bool)
+    chosen[members + 1] = True
+    mask = chosen[marks[whole]]
+    strength = ink.strength[whole]
+    scale = max(1.0, digit_height / DIGIT_HEIGHT)
+    if scale > 1.2:
+        mask, strength = _smaller(mask.astype(np.float32), scale) > 0.4, _smaller(strength, scale)
+        digit_height /= scale
+    else:
+        scale = 1.0
+    if not mask.any():
+        return None
+    labels, cuts = _pieces(mask, digit_height)
+    if not len(cuts):
+        return None
+    full = float(np.quantile(strength[mask], 0.75))
+    low = 0.25 * full
+    graded = ((strength - low) / (full - low)).clip(0, 1)
+    grown = np.where(labels > 0, labels, ndimage.maximum_filter(labels, 3))
+    pixels = np.rint(graded * 255 * (grown > 0)).astype(np.uint8)
+    found = [[r.start, c.start, r.stop, c.stop] for r, c in ndimage.find_objects(labels)]
+    pieces = np.array(found, np.int64)
+    origin = float(whole[0].start), float(whole[1].start)
+    page = pieces * scale + np.array([*origin, *origin])
+    edge = max(1.5, scale)
+    height, width = ink.mask.shape
+    at_border = (
+        (page[:, :2] < edge).any(1) | (page[:, 2] > height - edge) | (page[:, 3] > width - edge)
+    )
+    return Line(pixels, grown, pieces, cuts, digit_height, at_border, origin, scale)
+
+
+def _smaller(values: Grey, scale: float) -> Grey:
+    """Averaged over ``scale`` pixels each way."""
+    from PIL import Image
+
+    height, width = (max(1, round(side / scale)) for side in values.shape)
+    image = Image.fromarray(values)
+    box = (0, 0, min(width * scale, values.shape[1]), min(height * scale, values.shape[0]))
+    return np.asarray(image.resize((width, height), Image.Resampling.BOX, box))
+
+
+def _pieces(mask: Mask, digit_height: float) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
+    """Marks, those that are wide cut where the least ink is, from left to right.
+
+    Returns:
+        Which piece each pixel belongs to, from 1; and how much ink the cut before each takes.
+    """
+    marks, _ = ndimage.label(mask, _EIGHT)
+    parts: list[tuple[float, NDArray[np.bool_], tuple[slice, slice], float]] = []
+    for index, box in enumerate(ndimage.find_objects(marks)):
+        own = marks[box] == index + 1
+        height, width = own.shape
+        if max(height, width) < _SPECK * digit_height:
+            continue
+        cuts: list[Cut] = []
+        if width > _CUT_WIDTH * digit_height and height > 0.35 * digit_height:
+            cuts = _cuts(own, digit_height)
+        where = np.zeros(own.shape, np.int64)
+        place = np.arange(width)
+        for _, path in cuts:
+            where += place >= path[:, None]
+        for part in range(len(cuts) + 1):
+            piece = own & (where == part)
+            if not piece.any():
+                continue
+            columns = piece.sum(0)
+            middle = box[1].start + (columns @ place) / columns.sum()
+            parts.append((middle, piece, box, cuts[part - 1][0] / digit_height if part else 0.0))
+    labels = np.zeros(mask.shape, np.int32)
+    parts.sort(key=lambda part: part[0])
+    for number, (_, piece, box, _) in enumerate(parts, 1):
+        labels[box][piece] = number
+    return labels, np.array([part[3] for part in parts])
+
+
+Cut = tuple[float, NDArray[np.int64]]
+"""How many pixels of ink it goes through, and its column in every row."""
+
+
+def _cuts(own: Mask, digit_height: float) -> list[Cut]:
+    """Ways from the top of a mark to its bottom that may part digits, from left to right."""
+    apart = max(1.5, _CUT_APART * digit_height)
+    most = max(2, round(_CUTS_PER_WIDTH * own.shape[1] / digit_height))
+    chosen: list[Cut] = []
+    for ways in (_between_valleys(own, digit_height), _through_little_ink(own, digit_height)):
+        for ink, path in ways:
+            if len(chosen) == most:
+                break
+            if all(np.abs(path - other).mean() >= apart for _, other in chosen):
+                chosen.append((ink, path))
+    return sorted(chosen, key=lambda cut: float(cut[1].mean()))
+
+
+def _between_valleys(own: Mask, digit_height: float) -> list[Cut]:
+    """Straight ways from where the upper outline is low to where the lower one is high: there
+    strokes of two digits lie side by side. Those through the least ink come first."""
+    height = len(own)
+    upper = np.where(own.any(0), own.argmax(0), height)
+    lower = np.where(own.any(0), height - 1 - own[::-1].argmax(0), -1)
+    deep = max(1.5, _VALLEY * digit_height)
+    tops, bottoms = (find_peaks(outline, prominence=deep)[0] for outline in (upper, -lower))
+    pairs = []
+    reach = 0.35 * digit_height
+    for top in tops.tolist():
+        partners = bottoms[np.abs(bottoms - top) <= reach]
+        pairs += [(top, bottom) for bottom in partners.tolist()] or [(top, top)]
+    pairs += [(low, low) for low in bottoms.tolist() if (np.abs(tops - low) > reach).all()]
+    rows = np.arange(height)
+    cuts = []
+    for top, bottom in pairs:
+        start, stop = upper[top], max(lower[bottom], upper[top] + 1)
+        path = np.rint(np.interp(rows, (start, stop), (top, bottom))).astype(np.int64)
+        cuts.append((float(own[rows, path].sum()), path))
+    return sorted(cuts, key=lambda cut: cut[0])
+
+
+def _through_little_ink(own: Mask, digit_height: float) -> list[Cut]:
+    """Ways through the least ink, the least of all first."""
+    height, width = own.shape
+    cost = own.astype(np.float64)
+    middle = height // 2
+    above, up = _cheapest(cost[: middle + 1])
+    below, down = _cheapest(cost[middle:][::-1])
+    total = above + below - cost[middle]
+    margin = max(2, round(0.1 * digit_height))
+    apart = max(2.0, _CUT_APART * digit_height)
+    chosen: list[int] = []
+    for x in (np.argsort(total[margin : width - margin], kind="stable") + margin).tolist():
+        if total[x] > _MOST_INK * digit_height:
+            break
+        if all(abs(x - other) >= apart for other in chosen):
+            chosen.append(x)
+    cuts = []
+    for x in chosen:
+        path = np.zeros(height, np.int64)
+        path[middle] = at = x
+        for row in range(middle, 0, -1):
+            at += up[row, at]
+            path[row - 1] = at
+        at = x
+        for row in range(len(down) - 1, 0, -1):
+            at += down[row, at]
+            path[height - row] = at
+        cuts.append((float(total[x]), path))
+    return cuts
+
+
+def _cheapest(cost: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """The least ink on a way from the first row to each pixel of the last one, and the steps back:
+    to the column in the row before."""
+    rows, width = cost.shape
+    steps = np.zeros((rows, width), np.int64)
+    total = cost[0].copy()
+    for row in range(1, rows):
+        options = np.full((3, width), np.inf)
+        options[0, 1:] = total[:-1] + _SIDEWAYS
+        options[1] = total
+        options[2, :-1] = total[1:] + _SIDEWAYS
+        which = options.argmin(0)
+        steps[row] = which - 1
+        total = options[which, np.arange(width)] + cost[row]
+    return total, steps

@@ -1,0 +1,115 @@
+"""The page on which a person checks readings: one HTML file that asks for nothing else.
+
+``readings.html`` beside this module is its template. Imports no torch and no Matplotlib.
+"""
+
+import base64
+import heapq
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from numpy.typing import NDArray
+
+from mnist.pictures import Frame
+from mnist.reading.reader import Page
+
+MOST_SHOWN = 100
+"""Pages with their pictures."""
+
+_LONGEST = 900  # pixels of a picture
+_QUALITY = 72
+_MOST_DIGITS = 400  # whose 28×28 are shown, of a page
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A page that a person may want to look at."""
+
+    file: int
+    """Which of all files, from 0."""
+    page: int
+    """Which page of that file, from 0."""
+    urgency: float
+    """How much it needs a look: the doubt of its most doubtful digit, and 1 more for a warning."""
+    picture: str
+    """Of the page, as a data URI: encoded anew, without what a camera writes into a file."""
+    digits: list[str]
+    """What the network saw, as data URIs, in reading order."""
+
+
+def show(page: Page, frame: Frame, described: dict[str, Any], place: tuple[int, int]) -> Shown:
+    """What the page needs of a page that was read.
+
+    Args:
+        page: what was read.
+        frame: its pixels.
+        described: the same as in ``readings.json``.
+        place: which file, and which page of it.
+    """
+    digits = [d for line in page.lines for number in line.numbers for d in number.digits]
+    urgency = max((1 - digit.confidence for digit in digits), default=0.5)
+    images = [_data_uri(255 - digit.image, "PNG") for digit in digits[:_MOST_DIGITS]]
+    pixels = np.rot90(frame.pixels, page.turned)
+    return Shown(
+        *place, urgency + bool(described["warnings"]), _data_uri(_reduced(pixels), "JPEG"), images
+    )
+
+
+def most_urgent(shown: Iterable[Shown]) -> list[Shown]:
+    """As many as a page shows, those first that need a look most."""
+    return heapq.nsmallest(MOST_SHOWN, shown, key=lambda s: (-s.urgency, s.file, s.page))
+
+
+def render_page(
+    report: dict[str, Any], records: dict[int, dict[str, Any]], shown: list[Shown]
+) -> str:
+    """The whole page, self-contained, without scripts.
+
+    Args:
+        report: what ``readings.json`` holds.
+        records: by place among all files, what was read of those that are shown.
+        shown: in the order in which they are shown.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["percent"] = lambda share: "–" if share is None else f"{share:.1%}"
+    environment.filters["next_or_none"] = lambda images: next(images, None)
+    pages = [
+        {
+            "name": records[one.file]["file"],
+            "number": one.page + 1 if len(records[one.file]["pages"]) > 1 else None,
+            "picture": one.picture,
+            "images": iter(one.digits),
+            **records[one.file]["pages"][one.page],
+        }
+        for one in shown
+    ]
+    page = environment.get_template("readings.html").render(report=report, pages=pages)
+    return page.encode(errors="replace").decode()  # a file's name need not be valid Unicode
+
+
+def _reduced(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    from PIL import Image
+
+    image = Image.fromarray(np.ascontiguousarray(pixels))
+    image.thumbnail((_LONGEST, _LONGEST))
+    return np.asarray(image)
+
+
+def _data_uri(pixels: NDArray[np.uint8], kind: str) -> str:
+    from PIL import Image
+
+    contents = io.BytesIO()
+    Image.fromarray(pixels).save(contents, format=kind, optimize=True, quality=_QUALITY)
+    code = base64.b64encode(contents.getvalue()).decode()
+    return f"data:image/{kind.lower()};base64,{code}"

@@ -1,0 +1,172 @@
+"""From the ink of pages to the numbers on them: lines, numbers and digits inside one another."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mnist.pictures import Frame
+from mnist.reading.decode import Found, candidates, decode
+from mnist.reading.ink import Ink, find_ink
+from mnist.reading.marks import Line, find_lines
+
+Scorer = Callable[[NDArray[np.uint8]], NDArray[np.floating[Any]]]
+"""From n×28×28 to the logarithms of ten probabilities each, n×10."""
+Box = tuple[float, float, float, float]
+"""Left, top, width and height, in pixels of the upright page."""
+
+_TURNS = (1, 3, 2)  # quarters, against the clock, that a page may lie on its side by
+_CLEARLY = 0.15  # of all marks: if so many more are digits when a page is turned, it is
+_FEW_MARKS = 4
+_GOOD = 0.6  # of all marks: if so many are digits, a page is upright
+_TALL, _FLAT = 0.45, 0.3  # digit heights: marks that are higher or wider part numbers, as dashes do
+_APART = 1.5  # digit heights, and
+_APART_AS_USUAL = 2.5  # times the line's median gap: wider ones part numbers
+
+
+@dataclass(frozen=True)
+class Digit:
+    """A digit that was read."""
+
+    value: int
+    confidence: float
+    probabilities: NDArray[np.float64]
+    """10: how likely each digit is here; the rest to 1 is that there is none, or another cut."""
+    box: Box
+    image: NDArray[np.uint8]
+    """28×28, as the network got it."""
+    cut_off: bool
+    """Whether it reaches the border of the page."""
+
+
+@dataclass(frozen=True)
+class Number:
+    """Digits that stand together."""
+
+    digits: tuple[Digit, ...]
+    box: Box
+
+
+@dataclass(frozen=True)
+class TextLine:
+    """Numbers from left to right."""
+
+    numbers: tuple[Number, ...]
+
+
+@dataclass(frozen=True)
+class Page:
+    """What was read on a page."""
+
+    lines: tuple[TextLine, ...]
+    others: tuple[Box, ...]
+    """Marks that are no digits."""
+    turned: int
+    """Quarters against the clock by which it was turned to be upright."""
+    inverted: bool
+    size: tuple[int, int]
+    """Width and height, once it is upright; boxes are in these."""
+
+
+def read_pages(frames: Sequence[Frame], score: Scorer) -> list[Page]:
+    """The numbers on pages."""
+    inks = [find_ink(frame.pixels) for frame in frames]
+    zooms = [max(frame.size) / max(frame.pixels.shape[:2]) for frame in frames]
+    readings = _read(inks, zooms, score)
+    for index, (ink, zoom) in enumerate(zip(inks, zooms, strict=True)):
+        count, share = _success(readings[index])
+        if count < _FEW_MARKS or share > _GOOD:
+            continue
+        turned = _read([_turned(ink, turns) for turns in _TURNS], [zoom] * len(_TURNS), score)
+        shares = [_success(other)[1] for other in turned]
+        best = int(np.argmax(shares))
+        if shares[best] > share + _CLEARLY and _success(turned[best])[0] >= _FEW_MARKS:
+            readings[index] = replace(turned[best], turned=_TURNS[best])
+    return readings
+
+
+def _turned(ink: Ink, quarters: int) -> Ink:
+    return Ink(
+        np.rot90(ink.strength, quarters),
+        np.rot90(ink.mask, quarters),
+        np.rot90(ink.rules, quarters),
+        ink.stroke,
+        ink.inverted,
+    )
+
+
+def _success(page: Page) -> tuple[int, float]:
+    """How many marks there are, and how many of them are digits, each counted by its confidence."""
+    sure = [
+        d.confidence * (0.5 if d.value == 1 else 1)  # lines are, whichever way they lie
+        for line in page.lines
+        for number in line.numbers
+        for d in number.digits
+    ]
+    count = len(sure) + len(page.others)
+    return count, sum(sure) / max(1, count)
+
+
+def _read(inks: Sequence[Ink], zooms: Sequence[float], score: Scorer) -> list[Page]:
+    lines = [find_lines(ink) for ink in inks]
+    found = [[candidates(line) for line in of_page] for of_page in lines]
+    images = [one.images for of_page in found for one in of_page]
+    logs = score(np.concatenate(images)) if images else np.zeros((0, 10))
+    pages, start = [], 0
+    for ink, zoom, of_page, runs in zip(inks, zooms, lines, found, strict=True):
+        texts, others = [], []
+        for line, one in zip(of_page, runs, strict=True):
+            stop = start + len(one.images)
+            numbers, marks = _numbers(line, decode(line, one, logs[start:stop]), zoom)
+            start = stop
+            others += marks
+            if numbers:
+                texts.append(TextLine(numbers))
+        height, width = (round(zoom * side) for side in ink.mask.shape)
+        pages.append(Page(tuple(texts), tuple(others), 0, ink.inverted, (width, height)))
+    return pages
+
+
+def _numbers(line: Line, found: list[Found], zoom: float) -> tuple[tuple[Number, ...], list[Box]]:
+    """Digits by number, and large marks that are no digits."""
+    height = line.digit_height
+    digits = [one for one in found if one.value >= 0]
+    gaps = [after.box[1] - before.box[3] for before, after in pairwise(digits)]
+    most = max(_APART * height, _APART_AS_USUAL * float(np.median(gaps)) if gaps else 0)
+    numbers: list[list[Found]] = []
+    others: list[Box] = []
+    parted = True
+    for one in found:
+        top, left, bottom, right = one.box
+        if one.value < 0:
+            tall, wide = (bottom - top) / height, (right - left) / height
+            parted |= tall > _TALL or wide > _FLAT  # no dot, no comma
+            if tall > _TALL:
+                others.append(_on_page(line, one.box, zoom))
+            continue
+        if parted or left - numbers[-1][-1].box[3] > most:
+            numbers.append([])
+        numbers[-1].append(one)
+        parted = False
+    return tuple(_number(line, number, zoom) for number in numbers), others
+
+
+def _number(line: Line, found: list[Found], zoom: float) -> Number:
+    digits = []
+    for one in found:
+        assert one.image is not None and one.probabilities is not None
+        cut_off = bool(line.at_border[one.first : one.stop].any())
+        box = _on_page(line, one.box, zoom)
+        digits.append(Digit(one.value, one.confidence, one.probabilities, box, one.image, cut_off))
+    corners = np.array([one.box for one in found])
+    whole = (*corners[:, :2].min(0).tolist(), *corners[:, 2:].max(0).tolist())
+    return Number(tuple(digits), _on_page(line, whole, zoom))
+
+
+def _on_page(line: Line, box: Sequence[float], zoom: float) -> Box:
+    top, left, bottom, right = (line.scale * side for side in box)
+    x, y = line.origin[1] + left, line.origin[0] + top
+    return zoom * x, zoom * y, zoom * (right - left), zoom * (bottom - top)
