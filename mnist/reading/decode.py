@@ -18,6 +18,7 @@ _MOST_PIECES = 8  # of a digit
 _WIDEST = 1.6  # digit heights
 _WIDEST_GAP = 0.5
 _LOWEST = 0.33
+_DOT = 0.35  # digit heights: smaller marks may be dots
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,14 @@ class Weights:
     """At most so much."""
     long: float = 1.5
     """Digit heights that a digit may be high for nothing."""
+    unlike: float = 0.1
+    """Of a digit that is e times as high as the line's, or as low."""
+    dot: float = 0.5
+    """Of a small mark of its own within a digit."""
+    each: float = 0.1
+    """Of any digit."""
+    ink: float = 1.0
+    """Of ink that is no digit's, by the square of a digit's height."""
     trust: float = 1.0
     """Of what the network says."""
     sharpness: float = 1.0
@@ -120,17 +129,30 @@ def _scores(
     """Of each run to be each digit, k×10, and of each piece to be none, n."""
     sizes = (line.boxes[:, 2:] - line.boxes[:, :2]) / line.digit_height
     size = np.maximum(sizes[:, 0], 0.6 * sizes[:, 1])
-    none = weights.none + weights.none_size * np.maximum(0, size - 0.33)
+    areas = np.bincount(line.pieces.ravel(), minlength=len(sizes) + 1)[1:] / line.digit_height**2
+    none = weights.none + weights.none_size * np.maximum(0, size - 0.33) + weights.ink * areas
     none = np.minimum(none, np.where(line.at_border, weights.none, weights.none_most))
     cut = np.where(line.cuts > 0, weights.cut + weights.cut_ink * line.cuts, 0.0)
     after = np.append(cut[1:], 0)
     tall, wide = ((found.boxes[:, 2:] - found.boxes[:, :2]) / line.digit_height).T
-    cost = weights.gap * found.gaps + weights.wide * np.maximum(0, wide - weights.broad)
+    cost = weights.each + weights.unlike * np.abs(np.log(tall + 1e-6))
+    cost += weights.dot * dots_within(line, found.runs)
+    cost += weights.gap * found.gaps + weights.wide * np.maximum(0, wide - weights.broad)
     cost += weights.low * (np.maximum(0, weights.short - tall) + np.maximum(0, tall - weights.long))
     if len(found.runs):
         cost += 0.5 * (cut[found.runs[:, 0]] + after[found.runs[:, 1] - 1])
     digit = weights.sharpness * (weights.trust * logs - cost[:, None])
     return digit, -weights.sharpness * (none + 0.5 * (cut + after))
+
+
+def dots_within(line: Line, runs: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How many small marks of their own, as dots and commas are, each run joins to others."""
+    sizes = (line.boxes[:, 2:] - line.boxes[:, :2]).max(1) / line.digit_height
+    own = (line.cuts == 0) & (np.append(line.cuts[1:], 0) == 0)
+    dots = np.append(0, ((sizes < _DOT) & own).cumsum())
+    joined = runs[:, 1] - runs[:, 0] > 1
+    result: NDArray[np.int64] = (dots[runs[:, 1]] - dots[runs[:, 0]]) * joined
+    return result
 
 
 def decode(

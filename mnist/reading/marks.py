@@ -81,10 +81,12 @@ def _group(
     order = np.argsort(heights)
     weights = areas[order].cumsum()
     usual = heights[order][np.searchsorted(weights, 0.5 * weights[-1])]
-    cut_off = ((boxes[:, :2] <= 0) | (boxes[:, 2:] >= shape)).any(1)
-    # Of what surrounds the page, or of its frame.
+    before, behind = boxes[:, :2] <= 0, boxes[:, 2:] >= shape
+    cut_off = (before | behind).any(1)
+    # Of what surrounds the page, or of its frame: no 1 that is cut off on one side.
+    sides = before.sum(1) + behind.sum(1)
     thin = (heights > 4 * widths) | (areas < 0.2 * heights * widths)
-    frame = cut_off & (heights > 1.2 * usual) & thin
+    frame = thin & (((sides > 1) & (heights > 1.2 * usual)) | (cut_off & (heights > 2.5 * usual)))
     tall = np.flatnonzero((heights >= 0.4 * usual) & ~frame)
     lines: list[list[int]] = []
     for index in tall[np.argsort(boxes[tall, 1] + 0.25 * widths[tall])].tolist():
@@ -193,8 +195,9 @@ def _pieces(mask: Mask, digit_height: float) -> tuple[NDArray[np.int32], NDArray
         if max(height, width) < _SPECK * digit_height:
             continue
         cuts: list[Cut] = []
-        if width > _CUT_WIDTH * digit_height and height > 0.35 * digit_height:
-            cuts = _cuts(own, digit_height)
+        size = digit_height if height > 0.65 * digit_height else height  # zeros are often small
+        if width > _CUT_WIDTH * size and height > 0.3 * digit_height:
+            cuts = _cuts(own, size)
         where = np.zeros(own.shape, np.int64)
         place = np.arange(width)
         for _, path in cuts:

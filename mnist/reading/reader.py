@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ Box = tuple[float, float, float, float]
 _TURNS = (1, 3, 2)  # quarters, against the clock, that a page may lie on its side by
 _CLEARLY = 0.15  # of all marks: if so many more are digits when a page is turned, it is
 _FEW_MARKS = 4
+_LINE_LENGTH = 2.5  # digits, of a page that is turned: single ones lie below one another as well
 _GOOD = 0.6  # of all marks: if so many are digits, a page is upright
 _TALL, _FLAT = 0.45, 0.3  # digit heights: marks that are higher or wider part numbers, as dashes do
 _APART = 1.5  # digit heights, and
@@ -77,13 +78,14 @@ def read_pages(frames: Sequence[Frame], score: Scorer) -> list[Page]:
     zooms = [max(frame.size) / max(frame.pixels.shape[:2]) for frame in frames]
     readings = _read(inks, zooms, score)
     for index, (ink, zoom) in enumerate(zip(inks, zooms, strict=True)):
-        count, share = _success(readings[index])
-        if count < _FEW_MARKS or share > _GOOD:
+        upright = _success(readings[index])
+        if upright.marks < _FEW_MARKS or upright.share > _GOOD:
             continue
         turned = _read([_turned(ink, turns) for turns in _TURNS], [zoom] * len(_TURNS), score)
-        shares = [_success(other)[1] for other in turned]
-        best = int(np.argmax(shares))
-        if shares[best] > share + _CLEARLY and _success(turned[best])[0] >= _FEW_MARKS:
+        best = max(range(len(_TURNS)), key=lambda which: _success(turned[which]).share)
+        found = _success(turned[best])
+        clearly = found.share > max(upright.share + _CLEARLY, 0.5)
+        if clearly and found.marks >= _FEW_MARKS and found.line_length >= _LINE_LENGTH:
             readings[index] = replace(turned[best], turned=_TURNS[best])
     return readings
 
@@ -98,16 +100,25 @@ def _turned(ink: Ink, quarters: int) -> Ink:
     )
 
 
-def _success(page: Page) -> tuple[int, float]:
-    """How many marks there are, and how many of them are digits, each counted by its confidence."""
+class _Success(NamedTuple):
+    """How well a page could be read."""
+
+    marks: int
+    share: float
+    """Of the marks: digits, each counted by its confidence."""
+    line_length: float
+    """Digits."""
+
+
+def _success(page: Page) -> _Success:
     sure = [
         d.confidence * (0.5 if d.value == 1 else 1)  # lines are, whichever way they lie
         for line in page.lines
         for number in line.numbers
         for d in number.digits
     ]
-    count = len(sure) + len(page.others)
-    return count, sum(sure) / max(1, count)
+    marks = len(sure) + len(page.others)
+    return _Success(marks, sum(sure) / max(1, marks), len(sure) / max(1, len(page.lines)))
 
 
 def _read(inks: Sequence[Ink], zooms: Sequence[float], score: Scorer) -> list[Page]:

@@ -37,17 +37,25 @@ def joined_halves(digits: Originals, rng: Generator, count: int) -> Ink:
     return np.where(np.where(upright[:, None, None], half, half.T), first, second)
 
 
-def squeezed_pairs(digits: Originals, rng: Generator, count: int) -> Ink:
-    """Two digits side by side, close or touching, as wide together as 1 to 2 of them."""
-    pair = [
-        digits.draw(rng, some) for some in (rng.integers(0, 10, count), rng.integers(0, 10, count))
-    ]
-    wide = np.zeros((count, SIZE, 3 * SIZE), np.float32)
-    for row, left, right, gap in zip(wide, *pair, rng.integers(-2, 4, count), strict=True):
+def _side_by_side(pair: tuple[Ink, Ink], gaps: NDArray[np.int64]) -> tuple[Ink, NDArray[np.int64]]:
+    """Pairs of digits with so many columns between their ink, n×28×84, and where the ink of the
+    right one begins."""
+    count = len(gaps)
+    wide, starts = np.zeros((count, SIZE, 3 * SIZE), np.float32), np.zeros(count, np.int64)
+    for index, (left, right, gap) in enumerate(zip(*pair, gaps, strict=True)):
         columns = [np.flatnonzero(image.any(0)) for image in (left, right)]
         start = max(0, columns[0][-1] + 1 + gap - columns[1][0])
+        row = wide[index]
         row[:, :SIZE] = left
         row[:, start : start + SIZE] = np.maximum(row[:, start : start + SIZE], right)
+        starts[index] = start + columns[1][0]
+    return wide, starts
+
+
+def squeezed_pairs(digits: Originals, rng: Generator, count: int) -> Ink:
+    """Two digits side by side, close or touching, as wide together as 1 to 2 of them; n×28×84."""
+    one, other = (digits.draw(rng, rng.integers(0, 10, count)) for _ in range(2))
+    wide, _ = _side_by_side((one, other), rng.integers(-2, 4, count))
     result = np.zeros_like(wide)
     place = np.arange(3 * SIZE)
     for row, source, squeeze in zip(result, wide, rng.uniform(1, 2, count), strict=True):
@@ -55,6 +63,21 @@ def squeezed_pairs(digits: Originals, rng: Generator, count: int) -> Ink:
         for y in range(SIZE):
             row[y] = np.interp(where, place, source[y], right=0)
     return result
+
+
+def overfull(digits: Originals, rng: Generator, count: int) -> Ink:
+    """A digit and a fifth to three fifths of its neighbour, as a wrong cut leaves them; n×28×84."""
+    whole = digits.draw(rng, rng.choice([0, 2, 3, 4, 5, 6, 7, 8, 9], count))  # with a 1: a 4, say
+    part = digits.draw(rng, rng.integers(0, 10, count))
+    mirrored = (rng.random(count) < 0.5)[:, None, None]  # the neighbour is on the left
+    whole, part = (np.where(mirrored, ink[..., ::-1], ink) for ink in (whole, part))
+    wide, starts = _side_by_side((whole, part), rng.integers(-2, 2, count))
+    widths = [np.count_nonzero(ink.any(0)) for ink in part]
+    ends = starts + rng.uniform(0.2, 0.6, count) * np.maximum(widths, 5)
+    down, right = np.arange(SIZE)[None, :, None] - SIZE / 2, np.arange(3 * SIZE)[None, None, :]
+    slant = rng.uniform(-0.4, 0.4, count)[:, None, None]
+    cut = wide * (right + slant * down < ends[:, None, None])
+    return np.where(mirrored, cut[..., ::-1], cut)
 
 
 def turned(digits: Originals, rng: Generator, count: int) -> Ink:
@@ -128,7 +151,7 @@ def pieces(digits: Originals, rng: Generator, count: int) -> Ink:
 
 SCORED: tuple[Maker, ...] = (joined_halves, squeezed_pairs, turned, crosses, commas)
 """Those of which a model should know that they are no digits."""
-TAUGHT: tuple[Maker, ...] = (*SCORED, joined_halves, dashes, halves, pieces)
+TAUGHT: tuple[Maker, ...] = (*SCORED, joined_halves, overfull, overfull, dashes, halves, pieces)
 
 
 def non_digits(
