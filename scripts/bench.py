@@ -1,7 +1,7 @@
 """Speed, measured side by side: scripts/bench [PART ...], of
 
 training, distortion, scoring, processes, accuracy, scaling, and, only when named, neighbour,
-network (root, as it lays one) and writing (of a --model).
+network (root, as it lays one), writing (of a --model) and reading (by a --model, of --photos).
 
 What is compared is interleaved in rounds, and steps within a round, because absolute times wander
 by a factor of two on a shared machine; ratios are medians of the rounds' ratios. Without words, all
@@ -29,6 +29,7 @@ from typing import Any
 
 import psutil
 import torch
+from bench_reading import Reader, changes, groups, scores, speeds
 from bench_worlds import TwoNetworks, Workers, usual_network
 from bench_writing import doubt, normalising
 from torch import nn
@@ -36,6 +37,7 @@ from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 from torchvision.transforms import v2
 
+from mnist.cli import InputError
 from mnist.data import load_mnist, normalise
 from mnist.distributed import World, connect
 from mnist.evaluation.config import EvaluateConfig
@@ -786,8 +788,37 @@ def writing(results: Results, options: argparse.Namespace, folder: Path) -> None
 PARTS = {
     part.__name__: part for part in (training, distortion, scoring, processes, accuracy, scaling)
 }
-ALL = {**PARTS, "neighbour": neighbour, "network": network, "writing": writing}
-OF_CPUS = {"scaling", "neighbour", "network", "writing"}
+
+
+def reading(results: Results, options: argparse.Namespace, folder: Path) -> None:
+    """How well the numbers of --photos are read, and how fast."""
+    if options.model is None or options.photos is None:
+        raise InputError("reading takes --model FILE and --photos FOLDER")
+    torch.set_num_threads(1)
+    reader = Reader(options.model)
+    for group, found in scores(reader, options.photos).items():
+        results.more[f"reading, {group}"] = found
+        print(f"\nreading, {group}", *(f"  {n:24} {_shown(v)}" for n, v in found.items()), sep="\n")
+    first = next(iter(groups(options.photos)))
+    for name, found in (
+        (f"reading, {first}: digits that differ", changes(reader, options.photos, first)),
+        ("reading, one thread", speeds(options.model, _largest(options.photos), options.rounds)),
+    ):
+        results.more[name] = found
+        print(f"\n{name}", *(f"  {n:24} {_shown(v)}" for n, v in found.items()), sep="\n")
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _largest(folder: Path) -> Path:
+    photos = [photo for some in groups(folder).values() for photo, truth in some if truth]
+    return max(photos, key=lambda photo: photo.stat().st_size)
+
+
+ALL = {**PARTS, "neighbour": neighbour, "network": network, "writing": writing, "reading": reading}
+OF_CPUS = {"scaling", "neighbour", "network", "writing", "reading"}
 
 
 def settle_device(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
@@ -812,12 +843,13 @@ def main() -> None:
         "parts",
         nargs="*",
         metavar="PART",
-        help=f"{', '.join(ALL)}; default: all but the last three",
+        help=f"{', '.join(ALL)}; default: all but the last four",
     )
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each kind")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="to measure on")
     parser.add_argument("--data-dir", type=Path, default=TrainConfig().data_dir)
-    parser.add_argument("--model", type=Path, help="whose doubt writing measures")
+    parser.add_argument("--model", type=Path, help="of writing and reading")
+    parser.add_argument("--photos", type=Path, help="of reading: a folder with a truth.csv")
     parser.add_argument("--json", type=Path, help="file for all measurements")
     options = parser.parse_args()
     if unknown := set(options.parts) - set(ALL):

@@ -87,6 +87,8 @@ class Found:
     value: int
     """0 to 9; −1: no digit."""
     confidence: float
+    seen: float
+    """How sure the network is, of this run of pieces alone."""
     probabilities: NDArray[np.float64] | None
     image: NDArray[np.uint8] | None
     box: tuple[int, int, int, int]
@@ -199,13 +201,14 @@ def decode(
         first = stop - 1 if run < 0 else int(found.runs[run, 0])
         if run < 0:
             box = tuple(line.boxes[first].tolist())
-            result.append(Found(first, stop, -1, 0.0, None, None, box))
+            result.append(Found(first, stop, -1, 0.0, 0.0, None, None, box))
         else:
             value = int(digit[run].argmax())
             same = sure[_mostly_same(found.runs, (first, stop), areas)].sum(0)
             box = tuple(found.boxes[run].tolist())
+            sure_of, seen = float(same[value]), float(np.exp(logs[run, value]))
             image = found.images[run]
-            result.append(Found(first, stop, value, float(same[value]), same, image, box))
+            result.append(Found(first, stop, value, sure_of, seen, same, image, box))
         stop = first
     return result[::-1]
 

@@ -162,7 +162,7 @@ def _enlarged(small: Grey, shape: tuple[int, ...]) -> Grey:
 def _strongest(ink: Grey) -> float:
     """How much ink the most inked have, one pixel of 2,000 and at least three."""
     some = ink[:: max(1, ink.shape[0] // 512), :: max(1, ink.shape[1] // 512)]
-    index = some.size - max(3, some.size // 2000)
+    index = max(0, some.size - max(3, some.size // 2000))
     return float(np.partition(some, index, axis=None)[index])
 
 

@@ -18,6 +18,7 @@ DIGIT_HEIGHT = 40
 _EIGHT = np.ones((3, 3), bool)
 _SPECK = 0.12  # of a digit's height: a mark of less, both ways, is left out
 _HAIR = 0.5  # of the usual stroke's width: a line that is thinner is none of a digit
+_THICK = 3.5  # times the usual stroke's width: a square of that is in no stroke
 _FARTHEST = 4.5  # digit heights between neighbours of a line
 _CUT_WIDTH = 0.5  # of a digit's height: what is wider may be several digits
 _CUT_APART = 0.13  # of a digit's height: between cuts
@@ -59,7 +60,7 @@ def find_lines(ink: Ink) -> list[Line]:
     )
     areas = np.bincount(marks.ravel(), minlength=count + 1)[1:]
     longest = (boxes[:, 2:] - boxes[:, :2]).max(1)
-    drawn = areas > _HAIR * ink.stroke * longest
+    drawn = (areas > _HAIR * ink.stroke * longest) & ~_blots(ink, marks, boxes)
     if not drawn.any():
         return []
     renumbered = np.zeros(count + 1, np.int32)
@@ -71,6 +72,19 @@ def find_lines(ink: Ink) -> list[Line]:
         if line is not None:
             lines.append(line)
     return lines
+
+
+def _blots(ink: Ink, marks: NDArray[np.int32], boxes: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which marks reach the border and are much thicker than strokes: of a table, a thumb, a
+    shadow."""
+    cut_off = (boxes[:, :2] <= 0).any(1) | (boxes[:, 2:] >= ink.mask.shape).any(1)
+    blots = np.zeros(len(boxes), bool)
+    size = max(3, round(_THICK * ink.stroke))
+    for index in np.flatnonzero(cut_off & ((boxes[:, 2:] - boxes[:, :2]).min(1) >= size)).tolist():
+        top, left, bottom, right = boxes[index].tolist()
+        own = marks[top:bottom, left:right] == index + 1
+        blots[index] = ndimage.minimum_filter(own, size, mode="nearest").any()
+    return blots
 
 
 def _group(

@@ -1,17 +1,23 @@
 """From the ink of pages to the numbers on them: lines, numbers and digits inside one another."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mnist.distributed import World
+from mnist.evaluation.scoring import predict
+from mnist.model import MLP, load_model
 from mnist.pictures import Frame
 from mnist.reading.decode import Found, candidates, decode
 from mnist.reading.ink import Ink, find_ink
 from mnist.reading.marks import Line, find_lines
+from mnist.reading.photo import load_pages
 
 Scorer = Callable[[NDArray[np.uint8]], NDArray[np.floating[Any]]]
 """From n×28×28 to the logarithms of ten probabilities each, n×10."""
@@ -36,11 +42,18 @@ class Digit:
     confidence: float
     probabilities: NDArray[np.float64]
     """10: how likely each digit is here; the rest to 1 is that there is none, or another cut."""
+    seen: float
+    """How sure the network is, were there no other way to cut the line."""
     box: Box
     image: NDArray[np.uint8]
     """28×28, as the network got it."""
     cut_off: bool
     """Whether it reaches the border of the page."""
+
+    @property
+    def text(self) -> str:
+        """The digit."""
+        return str(self.value)
 
 
 @dataclass(frozen=True)
@@ -50,12 +63,40 @@ class Number:
     digits: tuple[Digit, ...]
     box: Box
 
+    @property
+    def text(self) -> str:
+        """Its digits."""
+        return "".join(digit.text for digit in self.digits)
+
+    @property
+    def confidence(self) -> float:
+        """That all digits are right: the product of theirs."""
+        return math.prod(digit.confidence for digit in self.digits)
+
 
 @dataclass(frozen=True)
 class TextLine:
     """Numbers from left to right."""
 
     numbers: tuple[Number, ...]
+
+    @property
+    def text(self) -> str:
+        """Its numbers, parted by spaces."""
+        return " ".join(number.text for number in self.numbers)
+
+    @property
+    def confidence(self) -> float:
+        """That all numbers are right."""
+        return math.prod(number.confidence for number in self.numbers)
+
+    @property
+    def box(self) -> Box:
+        """What surrounds its numbers."""
+        boxes = np.array([number.box for number in self.numbers])
+        left, top = boxes[:, :2].min(0).tolist()
+        right, bottom = (boxes[:, :2] + boxes[:, 2:]).max(0).tolist()
+        return left, top, right - left, bottom - top
 
 
 @dataclass(frozen=True)
@@ -71,6 +112,27 @@ class Page:
     size: tuple[int, int]
     """Width and height, once it is upright; boxes are in these."""
 
+    @property
+    def text(self) -> str:
+        """Its lines."""
+        return "\n".join(line.text for line in self.lines)
+
+
+def read(photo: str | Path, model: MLP | str | Path) -> list[Page]:
+    """What is written on a photo or scan: pages, lines, numbers and digits inside one another, each
+    with its text, confidence and box. This is ``mnist.read``.
+
+    Args:
+        photo: an image file; every frame of a TIFF is a page.
+        model: one that ``load_model`` has loaded, or its file.
+
+    Raises:
+        InputError: the photo or the model cannot be read.
+    """
+    loaded = model if isinstance(model, MLP) else load_model(Path(model))
+    frames = list(load_pages(Path(photo)))
+    return read_pages(frames, lambda images: predict(loaded, images, World()))
+
 
 def read_pages(frames: Sequence[Frame], score: Scorer) -> list[Page]:
     """The numbers on pages."""
@@ -79,7 +141,7 @@ def read_pages(frames: Sequence[Frame], score: Scorer) -> list[Page]:
     readings = _read(inks, zooms, score)
     for index, (ink, zoom) in enumerate(zip(inks, zooms, strict=True)):
         upright = _success(readings[index])
-        if upright.marks < _FEW_MARKS or upright.share > _GOOD:
+        if upright.marks < _FEW_MARKS or upright.confidence > _GOOD:
             continue
         turned = _read([_turned(ink, turns) for turns in _TURNS], [zoom] * len(_TURNS), score)
         best = max(range(len(_TURNS)), key=lambda which: _success(turned[which]).share)
@@ -105,20 +167,20 @@ class _Success(NamedTuple):
 
     marks: int
     share: float
-    """Of the marks: digits, each counted by its confidence."""
+    """Of the marks: digits, each counted by how sure the network is."""
+    confidence: float
+    """The mean of the digits', other marks having none."""
     line_length: float
     """Digits."""
 
 
 def _success(page: Page) -> _Success:
-    sure = [
-        d.confidence * (0.5 if d.value == 1 else 1)  # lines are, whichever way they lie
-        for line in page.lines
-        for number in line.numbers
-        for d in number.digits
-    ]
-    marks = len(sure) + len(page.others)
-    return _Success(marks, sum(sure) / max(1, marks), len(sure) / max(1, len(page.lines)))
+    digits = [d for line in page.lines for number in line.numbers for d in number.digits]
+    marks = max(1, len(digits) + len(page.others))
+    # Strokes look like a 1 whichever way they lie.
+    seen = sum(digit.seen * (0.5 if digit.value == 1 else 1) for digit in digits)
+    sure = sum(digit.confidence for digit in digits)
+    return _Success(marks, seen / marks, sure / marks, len(digits) / max(1, len(page.lines)))
 
 
 def _read(inks: Sequence[Ink], zooms: Sequence[float], score: Scorer) -> list[Page]:
@@ -171,7 +233,9 @@ def _number(line: Line, found: list[Found], zoom: float) -> Number:
         assert one.image is not None and one.probabilities is not None
         cut_off = bool(line.at_border[one.first : one.stop].any())
         box = _on_page(line, one.box, zoom)
-        digits.append(Digit(one.value, one.confidence, one.probabilities, box, one.image, cut_off))
+        digits.append(
+            Digit(one.value, one.confidence, one.probabilities, one.seen, box, one.image, cut_off)
+        )
     corners = np.array([one.box for one in found])
     whole = (*corners[:, :2].min(0).tolist(), *corners[:, 2:].max(0).tolist())
     return Number(tuple(digits), _on_page(line, whole, zoom))

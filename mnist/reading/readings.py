@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mnist.model import Doubt
-from mnist.reading.reader import Box, Digit, Page
+from mnist.reading.reader import Box, Digit, Number, Page
 
 ACCEPTED, DOUBTFUL, REJECTED = "accepted", "doubtful", "rejected"
 COLUMNS = (
@@ -43,15 +43,12 @@ def describe(page: Page, doubt: Doubt | None) -> dict[str, Any]:
         "inverted": page.inverted,
         "size": list(page.size),
         "warnings": warnings,
-        "lines": [
-            [_number(number.digits, number.box, threshold) for number in line.numbers]
-            for line in page.lines
-        ],
+        "lines": [[_number(number, threshold) for number in line.numbers] for line in page.lines],
         "others": [_rounded(box) for box in page.others],
     }
 
 
-def _number(digits: Sequence[Digit], box: Box, threshold: float) -> dict[str, Any]:
+def _number(number: Number, threshold: float) -> dict[str, Any]:
     described = [
         {
             "value": digit.value,
@@ -59,15 +56,15 @@ def _number(digits: Sequence[Digit], box: Box, threshold: float) -> dict[str, An
             "status": _status(digit, threshold),
             "box": _rounded(digit.box),
         }
-        for digit in digits
+        for digit in number.digits
     ]
     statuses = {digit["status"] for digit in described}
     status = statuses.pop() if len(statuses) == 1 else DOUBTFUL
     return {
         "text": "".join(str(d["value"]) if d["status"] == ACCEPTED else "?" for d in described),
-        "confidence": round(math.prod(digit.confidence for digit in digits), 6),
+        "confidence": round(number.confidence, 6),
         "status": status,
-        "box": _rounded(box),
+        "box": _rounded(number.box),
         "digits": described,
     }
 

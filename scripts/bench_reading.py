@@ -1,0 +1,199 @@
+"""How well and how fast numbers are read: a part of scripts/bench.
+
+The folder of photos has a truth.csv with the columns file, truth and kind: single (left out here),
+string or negative. Photos are grouped by the first folder of their names.
+"""
+
+import csv
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from mnist.cli import InputError
+from mnist.distributed import World
+from mnist.evaluation.scoring import predict
+from mnist.model import MLP, load_model
+from mnist.pictures import Frame
+from mnist.reading.photo import load_pages
+from mnist.reading.reader import Page, read_pages
+from mnist.reading.readings import ACCEPTED, describe
+from mnist.reading.truth import ReadDigit, Score
+
+COVERAGES = (0.8, 0.9)
+_ORIENTATION = 0x0112
+
+
+def groups(folder: Path) -> dict[str, list[tuple[Path, str]]]:
+    """Photos and their truth, by group; negatives have none."""
+    found: dict[str, list[tuple[Path, str]]] = {}
+    try:
+        with (folder / "truth.csv").open(newline="") as file:
+            for row in csv.DictReader(file):
+                if row["kind"] != "single":
+                    group = row["file"].split("/")[0]
+                    found.setdefault(group, []).append((folder / row["file"], row["truth"]))
+    except (OSError, KeyError) as error:
+        reason = f"no truth.csv of file, truth and kind: {error}"
+        raise InputError(f"--photos {folder}: {reason}") from None
+    return found
+
+
+class Reader:
+    """Reads files by a model, and says what a user would get."""
+
+    def __init__(self, model_file: Path) -> None:
+        self.model: MLP = load_model(model_file)
+        self.world = World()
+
+    def pages(self, photo: Path) -> list[Page]:
+        """What is on the pages of a file."""
+        return read_pages(
+            list(load_pages(photo)), lambda images: predict(self.model, images, self.world)
+        )
+
+    def lines(self, pages: list[Page]) -> list[list[list[ReadDigit]]]:
+        """Lines of numbers of digits, as scores take them."""
+        return [
+            [
+                [
+                    ReadDigit(d["value"], d["confidence"], d["status"] == ACCEPTED)
+                    for d in number["digits"]
+                ]
+                for number in line
+            ]
+            for page in pages
+            for line in describe(page, self.model.doubt)["lines"]
+        ]
+
+    def text(self, pages: list[Page]) -> str:
+        """Lines, parted by slashes, without spaces."""
+        return "/".join(
+            "".join(str(d.value) for number in line for d in number) for line in self.lines(pages)
+        )
+
+
+def scores(reader: Reader, folder: Path) -> dict[str, Any]:
+    """By group: exact, digits and lines right, errors among the surest."""
+    found: dict[str, Any] = {}
+    for group, photos in groups(folder).items():
+        score, exact, with_accepted = Score(), 0, 0
+        begin = time.perf_counter()
+        for photo, truth in photos:
+            lines = reader.lines(reader.pages(photo))
+            score.add(truth, lines)
+            text = "/".join("".join(str(d.value) for n in line for d in n) for line in lines)
+            exact += text == truth.replace(" ", "")
+            with_accepted += any(
+                all(digit.accepted for digit in number) for line in lines for number in line
+            )
+        seconds = time.perf_counter() - begin
+        report = score.report()
+        found[group] = {
+            "files": len(photos),
+            "exact": exact / len(photos),
+            "digits": report["digits"]["share"],
+            "lines": report["lines"]["share"],
+            "with accepted numbers": with_accepted,
+            "accepted of truth": report["accepted_of_truth"],
+            "wrong of accepted": 1 - report["accepted"]["share"] if score.accepted else None,
+            "failures": report["failures"],
+            "files a second": len(photos) / seconds,
+            **{f"wrong of the surest {c:.0%}": _wrong(score, c) for c in COVERAGES},
+        }
+    return found
+
+
+def _wrong(score: Score, coverage: float) -> float | None:
+    """The share of errors among so many of the surest digits as are that share of the truth."""
+    count = round(coverage * score.digits)
+    surest = sorted(score.read, key=lambda digit: -digit[0])[:count]
+    return 1 - sum(right for _, right in surest) / count if count and len(surest) == count else None
+
+
+def changes(reader: Reader, folder: Path, group: str) -> dict[str, float]:
+    """The share of digits that differ once photos are inverted, turned by EXIF, or resized."""
+    ways: dict[str, Callable[[Image.Image], Image.Image]] = {
+        "inverted": lambda image: Image.eval(image, lambda value: 255 - value),
+        "half the size": lambda image: image.resize((image.width // 2, image.height // 2)),
+        "double the size": lambda image: image.resize((image.width * 2, image.height * 2)),
+    }
+    differ, total = dict.fromkeys([*ways, "orientations"], 0), 0
+    with tempfile.TemporaryDirectory() as aside:
+        for photo, _ in groups(folder)[group]:
+            with Image.open(photo) as image:
+                plain = image.convert("RGB")
+            original = reader.text(reader.pages(_saved(plain, aside)))
+            total += len(original.replace("/", ""))
+            for name, change in ways.items():
+                text = reader.text(reader.pages(_saved(change(plain), aside)))
+                differ[name] += _distance(original, text)
+            for orientation in range(2, 9):
+                changed = _saved(plain, aside, orientation)
+                differ["orientations"] += _distance(original, reader.text(reader.pages(changed)))
+    return {name: count / max(1, total) for name, count in differ.items()}
+
+
+def _saved(image: Image.Image, folder: str, orientation: int = 1) -> Path:
+    """A file whose EXIF says that it is turned, and which is."""
+    inverse = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # of PIL's transpositions
+    exif = Image.Exif()
+    exif[_ORIENTATION] = orientation
+    stored = image if orientation == 1 else image.transpose(inverse[orientation])
+    path = Path(folder) / "changed.png"
+    stored.save(path, exif=exif, compress_level=1)
+    return path
+
+
+def _distance(one: str, other: str) -> int:
+    """The edit distance of digits alone."""
+    one, other = one.replace("/", ""), other.replace("/", "")
+    row = list(range(len(other) + 1))
+    for here, wanted in enumerate(one, 1):
+        above, row = row, [here]
+        for there, found in enumerate(other, 1):
+            row.append(min(above[there - 1] + (wanted != found), above[there] + 1, row[-1] + 1))
+    return row[-1]
+
+
+def speeds(model_file: Path, photo: Path, rounds: int) -> dict[str, dict[str, float]]:
+    """Seconds and peak memory of reading one photo at 12 and 48 megapixels, on one thread, each in
+    a process of its own; the process itself and its imports are not counted as time."""
+    found = {}
+    with tempfile.TemporaryDirectory() as aside:
+        for name, width in (("12 MP", 4000), ("48 MP", 8000)):
+            path = Path(aside) / "large.jpg"
+            with Image.open(photo) as image:
+                image.convert("RGB").resize((width, width * 3 // 4)).save(path, quality=92)
+            command = [sys.executable, __file__, str(model_file), str(path)]
+            runs = []
+            for _ in range(rounds):
+                done = subprocess.run(command, capture_output=True, text=True, check=True)
+                runs.append([float(word) for word in done.stdout.split()])
+            seconds, megabytes = (statistics.median(values) for values in zip(*runs, strict=True))
+            found[name] = {"seconds": seconds, "megabytes": megabytes}
+    return found
+
+
+def _read_one(model_file: Path, photo: Path) -> None:
+    """Print how long it takes, and the most memory so far."""
+    torch.set_num_threads(1)
+    reader = Reader(model_file)
+    blank = np.full((40, 60), 255, np.uint8)
+    read_pages([Frame(blank, (60, 40))], lambda images: predict(reader.model, images, World()))
+    begin = time.perf_counter()
+    reader.pages(photo)
+    print(time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+if __name__ == "__main__":
+    _read_one(Path(sys.argv[1]), Path(sys.argv[2]))
