@@ -19,6 +19,7 @@ _WIDEST = 1.6  # digit heights
 _WIDEST_GAP = 0.5
 _LOWEST = 0.33
 _DOT = 0.35  # digit heights: smaller marks may be dots
+_OFF = 0.25  # digit heights
 
 
 @dataclass(frozen=True)
@@ -26,39 +27,37 @@ class Weights:
     """What ways through a line cost, as logarithms of probabilities: chosen on development
     images."""
 
-    cut: float = 0.7
-    """Of any cut."""
-    cut_ink: float = 1.0
-    """Of a digit height of ink that is cut."""
-    gap: float = 4.0
+    cut: float = 0.36
+    """Of a cut before a digit or after it."""
+    gap: float = 3.0
     """Of a digit height of ground within a digit, from side to side."""
-    wide: float = 3.0
-    """Of a digit height more than ``broad``."""
-    broad: float = 1.0
-    """Digit heights that a digit may be wide for nothing."""
-    low: float = 6.0
-    """Of a digit that is lower than ``short``, in digit heights."""
-    short: float = 0.6
-    none: float = 0.4
-    """Of a piece that is no digit, however small."""
-    none_size: float = 4.0
-    """More of it, by height and width above a third of a digit's height."""
-    none_most: float = 3.0
-    """At most so much."""
-    long: float = 1.5
-    """Digit heights that a digit may be high for nothing."""
-    unlike: float = 0.1
-    """Of a digit that is e times as high as the line's, or as low."""
-    dot: float = 0.5
+    dot: float = 0.95
     """Of a small mark of its own within a digit."""
-    each: float = 0.1
+    broad: float = 1.07
+    """Digit heights that a digit may be wide for nothing."""
+    wide: float = 2.1
+    """Of each digit height more."""
+    short: float = 0.49
+    """Digit heights that a digit is high at least."""
+    long: float = 1.92
+    """And at most."""
+    size: float = 20.0
+    """Of each digit height less, or more."""
+    aside: float = 10.0
+    """Of each digit height by which its middle is above or below that of its neighbours, beyond
+    a quarter."""
+    each: float = 0.35
     """Of any digit."""
-    ink: float = 1.0
-    """Of ink that is no digit's, by the square of a digit's height."""
-    trust: float = 1.0
+    none: float = 0.93
+    """Of a piece that is no digit, however small."""
+    none_size: float = 2.0
+    """More of it, by height and width above a third of a digit's height."""
+    none_most: float = 4.4
+    """At most so much."""
+    trust: float = 1.64
     """Of what the network says."""
-    sharpness: float = 1.0
-    """Of it all: doubt between ways."""
+    sharpness: float = 1.5
+    """Of all of it: the higher, the less doubt between ways."""
 
 
 WEIGHTS = Weights()
@@ -131,26 +130,43 @@ def _scores(
     """Of each run to be each digit, k×10, and of each piece to be none, n."""
     sizes = (line.boxes[:, 2:] - line.boxes[:, :2]) / line.digit_height
     size = np.maximum(sizes[:, 0], 0.6 * sizes[:, 1])
-    areas = np.bincount(line.pieces.ravel(), minlength=len(sizes) + 1)[1:] / line.digit_height**2
-    none = weights.none + weights.none_size * np.maximum(0, size - 0.33) + weights.ink * areas
+    none = weights.none + weights.none_size * np.maximum(0, size - 0.33)
     none = np.minimum(none, np.where(line.at_border, weights.none, weights.none_most))
-    cut = np.where(line.cuts > 0, weights.cut + weights.cut_ink * line.cuts, 0.0)
+    cut = weights.cut * line.cut_before
     after = np.append(cut[1:], 0)
     tall, wide = ((found.boxes[:, 2:] - found.boxes[:, :2]) / line.digit_height).T
-    cost = weights.each + weights.unlike * np.abs(np.log(tall + 1e-6))
+    cost = weights.each + weights.gap * found.gaps
     cost += weights.dot * dots_within(line, found.runs)
-    cost += weights.gap * found.gaps + weights.wide * np.maximum(0, wide - weights.broad)
-    cost += weights.low * (np.maximum(0, weights.short - tall) + np.maximum(0, tall - weights.long))
+    cost += weights.aside * off_line(line, found.boxes)
+    cost += weights.wide * np.maximum(0, wide - weights.broad)
+    cost += weights.size * (
+        np.maximum(0, weights.short - tall) + np.maximum(0, tall - weights.long)
+    )
     if len(found.runs):
         cost += 0.5 * (cut[found.runs[:, 0]] + after[found.runs[:, 1] - 1])
     digit = weights.sharpness * (weights.trust * logs - cost[:, None])
     return digit, -weights.sharpness * (none + 0.5 * (cut + after))
 
 
+def off_line(line: Line, boxes: NDArray[np.int64]) -> NDArray[np.float64]:
+    """How far the middle of each run is from that of the line, in digit heights, less a quarter."""
+    tall = line.boxes[:, 2] - line.boxes[:, 0] > 0.5 * line.digit_height
+    if np.count_nonzero(tall) < 2:
+        return np.zeros(len(boxes))
+    marks = line.boxes[tall]
+    middles, places = (marks[:, 0] + marks[:, 2]) / 2, (marks[:, 1] + marks[:, 3]) / 2
+    own, where = (boxes[:, 0] + boxes[:, 2]) / 2, (boxes[:, 1] + boxes[:, 3]) / 2
+    # The median of those that are near, as lines may climb.
+    near = np.argsort(np.abs(places[None] - where[:, None]), 1)[:, :7]
+    off = np.abs(own - np.median(middles[near], 1)) / line.digit_height
+    result: NDArray[np.float64] = np.maximum(0, off - _OFF)
+    return result
+
+
 def dots_within(line: Line, runs: NDArray[np.int64]) -> NDArray[np.int64]:
     """How many small marks of their own, as dots and commas are, each run joins to others."""
     sizes = (line.boxes[:, 2:] - line.boxes[:, :2]).max(1) / line.digit_height
-    own = (line.cuts == 0) & (np.append(line.cuts[1:], 0) == 0)
+    own = ~line.cut_before & ~np.append(line.cut_before[1:], False)
     dots = np.append(0, ((sizes < _DOT) & own).cumsum())
     joined = runs[:, 1] - runs[:, 0] > 1
     result: NDArray[np.int64] = (dots[runs[:, 1]] - dots[runs[:, 0]]) * joined

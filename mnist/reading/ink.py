@@ -55,6 +55,8 @@ def find_ink(page: NDArray[np.uint8]) -> Ink:
     strength = _strength(values)
     mask = _mask(strength)
     mask, rules = _without_rules(mask)
+    if fine := _finest_stroke(strength, mask):
+        mask = ndimage.binary_opening(mask, np.ones((fine, fine), bool))
     widths = np.minimum(_runs(mask), _runs(mask.T).T)[mask]
     stroke = float(np.median(widths)) if len(widths) else 0.0
     return Ink(strength, mask, rules, stroke, inverted)
@@ -197,9 +199,6 @@ def _mask(ink: Grey) -> Mask:
     strong = ink > threshold
     if not strong.any() or ink[strong].mean() - ground < max(1.5 * _LEAST_CONTRAST, 4 * noise):
         return np.zeros(ink.shape, bool)
-    higher = _above_pattern(ink, strong)
-    if higher > threshold:
-        threshold, strong = higher, ink > higher
     weak = ink > max(0.7 * threshold, ground + 2.5 * noise)
     marks, count = ndimage.label(weak, _EIGHT)
     kept = np.zeros(count + 1, bool)
@@ -209,21 +208,22 @@ def _mask(ink: Grey) -> Mask:
     return mask
 
 
-def _above_pattern(ink: Grey, strong: Mask) -> float:
-    """A higher threshold where much of what is inked is a fine pattern of the paper; else 0.
+def _finest_stroke(ink: Grey, mask: Mask) -> int:
+    """How wide strokes are at least where some of what is inked is a fine pattern of the paper;
+    else 0.
 
     Lines of a pattern are weaker than strokes, and narrower; weaker are also the edges of strokes,
     but those lie beside them.
     """
-    threshold = otsu(ink[strong])
-    strokes = strong & (ink > threshold)
-    if not strokes.any():
-        return 0.0
-    pattern = strong & ~ndimage.binary_dilation(strokes, _EIGHT, 2)
-    if np.count_nonzero(pattern) < 0.25 * np.count_nonzero(strong):
-        return 0.0
-    widths = np.minimum(_runs(strong), _runs(strong.T).T)
-    return threshold if np.mean(widths[pattern]) < 0.7 * np.mean(widths[strokes]) else 0.0
+    if not mask.any():
+        return 0
+    strokes = mask & (ink > otsu(ink[mask]))
+    pattern = mask & ~ndimage.binary_dilation(strokes, _EIGHT, 2)
+    if np.count_nonzero(pattern) < 0.04 * np.count_nonzero(mask) or not strokes.any():
+        return 0
+    widths = np.minimum(_runs(mask), _runs(mask.T).T)
+    usual = float(np.mean(widths[strokes]))
+    return max(2, round(0.4 * usual)) if np.mean(widths[pattern]) < 0.45 * usual else 0
 
 
 # ------------------------------------------------------------------------------------------ rules

@@ -38,9 +38,8 @@ class Line:
     """height×width: which piece, from 1, a pixel belongs to; 0 none."""
     boxes: NDArray[np.int64]
     """n×4: top, left, bottom and right of each piece."""
-    cuts: NDArray[np.float64]
-    """n: ink that the cut before each piece goes through, in digit heights; 0 if it is another
-    mark."""
+    cut_before: NDArray[np.bool_]
+    """n: whether a piece is cut off from the one before it, or is another mark."""
     digit_height: float
     at_border: NDArray[np.bool_]
     """n: whether a piece reaches the border of the page."""
@@ -195,14 +194,14 @@ def _smaller(values: Grey, scale: float) -> Grey:
     return np.asarray(image.resize((width, height), Image.Resampling.BOX, box))
 
 
-def _pieces(mask: Mask, digit_height: float) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
+def _pieces(mask: Mask, digit_height: float) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
     """Marks, those that are wide cut where the least ink is, from left to right.
 
     Returns:
-        Which piece each pixel belongs to, from 1; and how much ink the cut before each takes.
+        Which piece each pixel belongs to, from 1; and whether each is cut off from another.
     """
     marks, _ = ndimage.label(mask, _EIGHT)
-    parts: list[tuple[float, NDArray[np.bool_], tuple[slice, slice], float]] = []
+    parts: list[tuple[float, Mask, tuple[slice, slice], bool]] = []
     for index, box in enumerate(ndimage.find_objects(marks)):
         own = marks[box] == index + 1
         height, width = own.shape
@@ -222,7 +221,7 @@ def _pieces(mask: Mask, digit_height: float) -> tuple[NDArray[np.int32], NDArray
                 continue
             columns = piece.sum(0)
             middle = box[1].start + (columns @ place) / columns.sum()
-            parts.append((middle, piece, box, cuts[part - 1][0] / digit_height if part else 0.0))
+            parts.append((middle, piece, box, part > 0))
     labels = np.zeros(mask.shape, np.int32)
     parts.sort(key=lambda part: part[0])
     for number, (_, piece, box, _) in enumerate(parts, 1):

@@ -28,7 +28,7 @@ _TURNS = (1, 3, 2)  # quarters, against the clock, that a page may lie on its si
 _CLEARLY = 0.15  # of all marks: if so many more are digits when a page is turned, it is
 _FEW_MARKS = 4
 _LINE_LENGTH = 2.5  # digits, of a page that is turned: single ones lie below one another as well
-_GOOD = 0.6  # of all marks: if so many are digits, a page is upright
+_GOOD = 0.75  # of all marks: if so many are digits, a page is upright
 _TALL, _FLAT = 0.45, 0.3  # digit heights: marks that are higher or wider part numbers, as dashes do
 _APART = 1.5  # digit heights, and
 _APART_AS_USUAL = 2.5  # times the line's median gap: wider ones part numbers
@@ -141,7 +141,10 @@ def read_pages(frames: Sequence[Frame], score: Scorer) -> list[Page]:
     readings = _read(inks, zooms, score)
     for index, (ink, zoom) in enumerate(zip(inks, zooms, strict=True)):
         upright = _success(readings[index])
-        if upright.marks < _FEW_MARKS or upright.confidence > _GOOD:
+        of_one_line = (
+            len(readings[index].lines) <= 1 and frames[index].size[0] > frames[index].size[1]
+        )
+        if of_one_line or upright.marks < _FEW_MARKS or upright.confidence > _GOOD:
             continue
         turned = _read([_turned(ink, turns) for turns in _TURNS], [zoom] * len(_TURNS), score)
         best = max(range(len(_TURNS)), key=lambda which: _success(turned[which]).share)

@@ -88,13 +88,28 @@ def looped_twos(digits: Originals, rng: Generator, count: int) -> Ink:
     corner = end(ink, lambda place: place[..., 0] - place[..., 1])
     radii = rng.uniform(1.5, 4, (count, 2))
     middle = corner + radii * [-1, 0.5]
+    return np.maximum(ink, _rings(middle, radii, radius_of(ink)))
+
+
+def _rings(middle: Points, radii: Points, thickness: NDArray[np.float64]) -> Ink:
+    """Ellipses with these middles and radii (down, to the right), n×28×28."""
     place = np.arange(SIZE) + 0.5
     y = (place[None, :, None] - middle[:, 0, None, None]) / radii[:, 0, None, None]
     x = (place[None, None, :] - middle[:, 1, None, None]) / radii[:, 1, None, None]
     distance = np.abs(np.hypot(y, x) - 1) * radii.min(1)[:, None, None]
-    ring = (radius_of(ink)[:, None, None] + 0.3 - distance).clip(0, 1).astype(np.float32)
-    result: Ink = np.maximum(ink, ring)
+    result: Ink = (thickness[:, None, None] + 0.3 - distance).clip(0, 1).astype(np.float32)
     return result
+
+
+def curled_twos(digits: Originals, rng: Generator, count: int) -> Ink:
+    """A 2 that begins with a curl, and may have a loop where it turns to the right as well."""
+    looped = looped_twos(digits, rng, count)
+    ink = np.where(
+        (rng.random(count) < 0.5)[:, None, None], looped, digits.draw(rng, np.full(count, 2))
+    )
+    start = end(ink, lambda place: -place[..., 0] - 1.5 * place[..., 1])
+    radii = rng.uniform(1.5, 3.5, (count, 2))
+    return np.maximum(ink, _rings(start + radii * [0.5, 0.8], radii, radius_of(ink)))
 
 
 def slanted_fives(digits: Originals, rng: Generator, count: int) -> Ink:
@@ -122,6 +137,23 @@ def open_zeros(digits: Originals, rng: Generator, count: int) -> Ink:
     width = rng.uniform(6, 20, count)[:, None, None]
     result: Ink = ink * (np.abs(degrees - middle) > width)
     return result
+
+
+def footed_zeros(digits: Originals, rng: Generator, count: int) -> Ink:
+    """A 0 that is open below, with a foot on each side, like an omega."""
+    ink = digits.draw(rng, np.zeros(count, np.int64))
+    place = np.arange(SIZE) + 0.5 - SIZE / 2
+    degrees = np.degrees(np.arctan2(place[:, None], place[None, :]))
+    off = degrees - rng.uniform(70, 110, count)[:, None, None]
+    width = rng.uniform(8, 25, count)[:, None, None]
+    opened = ink * (np.abs(off) > width)
+    left, right = (
+        end(opened * (side * off > 0) * (np.abs(off) < 60), lambda place: place[..., 0])
+        for side in (1, -1)
+    )
+    lengths = rng.uniform(2, 7, (2, count))
+    opened = _with(opened, left, polar(lengths[0], rng.uniform(150, 200, count)), rng)
+    return _with(opened, right, polar(lengths[1], rng.uniform(-20, 30, count)), rng)
 
 
 def tailed_zeros(digits: Originals, rng: Generator, count: int) -> Ink:
@@ -156,9 +188,11 @@ HANDS: tuple[tuple[Maker, int], ...] = (
     *[(footed_nines, 9)] * 2,
     (mirrored_nines, 9),
     *[(short_fours, 4)] * 2,
-    *[(looped_twos, 2)] * 2,
+    (looped_twos, 2),
+    *[(curled_twos, 2)] * 2,
     (slanted_fives, 5),
     (open_zeros, 0),
+    (footed_zeros, 0),
     *[(tailed_zeros, 0)] * 2,
     (barred_zeros, 0),
 )

@@ -151,7 +151,7 @@ def pieces(digits: Originals, rng: Generator, count: int) -> Ink:
 
 SCORED: tuple[Maker, ...] = (joined_halves, squeezed_pairs, turned, crosses, commas)
 """Those of which a model should know that they are no digits."""
-TAUGHT: tuple[Maker, ...] = (*SCORED, joined_halves, overfull, overfull, dashes, halves, pieces)
+TAUGHT: tuple[Maker, ...] = (*SCORED, joined_halves, overfull, dashes, halves, pieces)
 
 
 def non_digits(

@@ -115,7 +115,7 @@ def test_lines_that_climb_are_followed(read, data_dir, slope):
 
 def test_touching_digits_are_cut(read, data_dir):
     lines = ["1000", "2005", "3600", "80000"]
-    page = read(on_paper(ink_of(data_dir, lines, gap=-0.06)))
+    page = read(on_paper(ink_of(data_dir, lines, gap=-0.03)))
     share, _ = right(page, lines)
     assert share >= 0.75
 
@@ -133,8 +133,9 @@ def test_boxes_lie_on_the_digits(read, ink):
     page = read(on_paper(ink))
     for digit in digits(page):
         left, top, width, height = digit.box
-        part = ink[int(top) : int(top + height) + 1, int(left) : int(left + width) + 1]
-        assert part.max() > 0.9 and (part > 0.5).any(0).mean() > 0.9
+        part = ink[round(top) : round(top + height), round(left) : round(left + width)] > 0.2
+        edges = part[:2], part[-2:], part[:, :2], part[:, -2:]  # it is tight
+        assert all(edge.any() for edge in edges)
 
 
 def test_a_digit_that_is_cut_off_is_known(read, data_dir):
