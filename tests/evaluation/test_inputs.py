@@ -22,10 +22,10 @@ from PIL import Image
 from mnist import data
 from mnist.cli import InputError
 from mnist.evaluation import report
-from mnist.pictures import IMAGE_SUFFIXES
 from mnist.evaluation.inputs import Inputs, open_images, open_mnist
 from mnist.evaluation.preparation import WITHOUT_DIGIT
 from mnist.evaluation.suspicions import Suspicions, suspicion_warnings
+from mnist.pictures import IMAGE_SUFFIXES
 
 PIXELS = np.random.default_rng(1).integers(0, 256, (23, 28, 28), dtype=np.uint8)
 LABELS = np.arange(23) * 7 % 10
