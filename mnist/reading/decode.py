@@ -56,7 +56,7 @@ class Weights:
     """At most so much."""
     trust: float = 1.64
     """Of what the network says."""
-    sharpness: float = 1.5
+    sharpness: float = 3.0
     """Of all of it: the higher, the less doubt between ways."""
 
 

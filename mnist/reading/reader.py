@@ -28,7 +28,7 @@ _TURNS = (1, 3, 2)  # quarters, against the clock, that a page may lie on its si
 _CLEARLY = 0.15  # of all marks: if so many more are digits when a page is turned, it is
 _FEW_MARKS = 4
 _LINE_LENGTH = 2.5  # digits, of a page that is turned: single ones lie below one another as well
-_GOOD = 0.75  # of all marks: if so many are digits, a page is upright
+_GOOD = 0.9  # of all marks: if so many are digits, a page is upright
 _TALL, _FLAT = 0.45, 0.3  # digit heights: marks that are higher or wider part numbers, as dashes do
 _APART = 1.5  # digit heights, and
 _APART_AS_USUAL = 2.5  # times the line's median gap: wider ones part numbers
@@ -144,7 +144,7 @@ def read_pages(frames: Sequence[Frame], score: Scorer) -> list[Page]:
         of_one_line = (
             len(readings[index].lines) <= 1 and frames[index].size[0] > frames[index].size[1]
         )
-        if of_one_line or upright.marks < _FEW_MARKS or upright.confidence > _GOOD:
+        if of_one_line or upright.marks < _FEW_MARKS or upright.sure > _GOOD:
             continue
         turned = _read([_turned(ink, turns) for turns in _TURNS], [zoom] * len(_TURNS), score)
         best = max(range(len(_TURNS)), key=lambda which: _success(turned[which]).share)
@@ -170,9 +170,9 @@ class _Success(NamedTuple):
 
     marks: int
     share: float
-    """Of the marks: digits, each counted by how sure the network is."""
-    confidence: float
-    """The mean of the digits', other marks having none."""
+    """Of the marks: digits, each counted by how sure the network is, a 1 by half of that."""
+    sure: float
+    """The same, a 1 counted as all others."""
     line_length: float
     """Digits."""
 
@@ -182,7 +182,7 @@ def _success(page: Page) -> _Success:
     marks = max(1, len(digits) + len(page.others))
     # Strokes look like a 1 whichever way they lie.
     seen = sum(digit.seen * (0.5 if digit.value == 1 else 1) for digit in digits)
-    sure = sum(digit.confidence for digit in digits)
+    sure = sum(digit.seen for digit in digits)
     return _Success(marks, seen / marks, sure / marks, len(digits) / max(1, len(page.lines)))
 
 
