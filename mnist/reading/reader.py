@@ -29,6 +29,7 @@ _CLEARLY = 0.15  # of all marks: if so many more are digits when a page is turne
 _FEW_MARKS = 4
 _LINE_LENGTH = 2.5  # digits, of a page that is turned: single ones lie below one another as well
 _GOOD = 0.9  # of all marks: if so many are digits, a page is upright
+_DOUBTFUL, _DOUBTFUL_SHARE = 2.0, 0.07  # digits of a line, by their confidence, and their share
 _TALL, _FLAT = 0.45, 0.3  # digit heights: marks that are higher or wider part numbers, as dashes do
 _APART = 1.5  # digit heights, and
 _APART_AS_USUAL = 2.5  # times the line's median gap: wider ones part numbers
@@ -212,6 +213,7 @@ def _numbers(line: Line, found: list[Found], zoom: float) -> tuple[tuple[Number,
     digits = [one for one in found if one.value >= 0]
     gaps = [after.box[1] - before.box[3] for before, after in pairwise(digits)]
     most = max(_APART * height, _APART_AS_USUAL * float(np.median(gaps)) if gaps else 0)
+    trust = _trust([one.confidence for one in digits])
     numbers: list[list[Found]] = []
     others: list[Box] = []
     parted = True
@@ -227,18 +229,25 @@ def _numbers(line: Line, found: list[Found], zoom: float) -> tuple[tuple[Number,
             numbers.append([])
         numbers[-1].append(one)
         parted = False
-    return tuple(_number(line, number, zoom) for number in numbers), others
+    return tuple(_number(line, number, zoom, trust) for number in numbers), others
 
 
-def _number(line: Line, found: list[Found], zoom: float) -> Number:
+def _trust(confidences: Sequence[float]) -> float:
+    """By what the digits of a line are less sure for the company they are in: print and words are
+    long lines of marks some of which look like digits."""
+    doubtful = len(confidences) - sum(confidences)
+    many = doubtful >= _DOUBTFUL and doubtful > _DOUBTFUL_SHARE * len(confidences)
+    return 1 - doubtful / len(confidences) if many else 1.0
+
+
+def _number(line: Line, found: list[Found], zoom: float, trust: float) -> Number:
     digits = []
     for one in found:
         assert one.image is not None and one.probabilities is not None
         cut_off = bool(line.at_border[one.first : one.stop].any())
-        box = _on_page(line, one.box, zoom)
-        digits.append(
-            Digit(one.value, one.confidence, one.probabilities, one.seen, box, one.image, cut_off)
-        )
+        box, shares = _on_page(line, one.box, zoom), trust * one.probabilities
+        confidence = trust * one.confidence
+        digits.append(Digit(one.value, confidence, shares, one.seen, box, one.image, cut_off))
     corners = np.array([one.box for one in found])
     whole = (*corners[:, :2].min(0).tolist(), *corners[:, 2:].max(0).tolist())
     return Number(tuple(digits), _on_page(line, whole, zoom))

@@ -16,7 +16,7 @@ from mnist.evaluation.scoring import predict
 from mnist.model import MLP, load_model
 from mnist.pictures import Frame
 from mnist.reading.photo import find_photos, load_pages
-from mnist.reading.reader import read_pages
+from mnist.reading.reader import _trust, read_pages
 from mnist.reading.truth import align
 
 ROOT = Path(__file__).parents[2]
@@ -153,6 +153,13 @@ def test_nothing_is_read_where_nothing_is_written(read, ground):
     if ground != "even":
         page += np.random.default_rng(0).normal(0, 5, page.shape)
     assert not digits(read(page.clip(0, 255).round().astype(np.uint8)))
+
+
+def test_company_in_doubt_makes_digits_less_sure():
+    assert _trust([0.99] * 11) == 1 and _trust([]) == 1
+    assert _trust([0.5, 0.5, 0.5]) == 1  # few: they may be badly written
+    assert _trust([0.999] * 40) == 1
+    assert _trust([1.0] * 15 + [0.0] * 5) == pytest.approx(0.75)  # as in print
 
 
 # ------------------------------------------------------------------------------------ the job
