@@ -246,11 +246,15 @@ def _without_rules(mask: Mask) -> tuple[Mask, Mask]:
 
 def _runs(mask: Mask) -> NDArray[np.int32]:
     """For each inked pixel how long its run is, up and down; 0 elsewhere."""
-    height, _ = mask.shape
-    rows = np.arange(height, dtype=np.int32)[:, None]
-    above = np.maximum.accumulate(np.where(mask, -1, rows), 0)  # the last ground above, or at, it
-    below = np.minimum.accumulate(np.where(mask, height, rows)[::-1], 0)[::-1]
-    return np.where(mask, below - above - 1, 0).astype(np.int32)
+    height, width = mask.shape
+    columns = np.ascontiguousarray(mask.T)
+    padded = np.zeros((width, height + 2), np.int8)
+    padded[:, 1:-1] = columns
+    steps = np.diff(padded.ravel())
+    lengths = np.flatnonzero(steps == -1) - np.flatnonzero(steps == 1)
+    runs = np.zeros((width, height), np.int32)
+    runs[columns] = np.repeat(lengths, lengths)
+    return runs.T
 
 
 def _digit_size(mask: Mask) -> float:
