@@ -20,14 +20,11 @@ import torch
 from PIL import Image
 
 from mnist.cli import InputError
-from mnist.distributed import World
-from mnist.evaluation.scoring import predict
 from mnist.model import MLP, load_model
-from mnist.pictures import Frame
-from mnist.reading.photo import load_pages
-from mnist.reading.reader import Page, read_pages
-from mnist.reading.readings import ACCEPTED, describe
-from mnist.reading.truth import ReadDigit, Score
+from mnist.reading.ink import find_ink
+from mnist.reading.reader import Page, read
+from mnist.reading.readings import describe, scored
+from mnist.reading.truth import ReadDigit, Score, align
 
 COVERAGES = (0.8, 0.9)
 _ORIENTATION = 0x0112
@@ -53,27 +50,14 @@ class Reader:
 
     def __init__(self, model_file: Path) -> None:
         self.model: MLP = load_model(model_file)
-        self.world = World()
 
     def pages(self, photo: Path) -> list[Page]:
         """What is on the pages of a file."""
-        return read_pages(
-            list(load_pages(photo)), lambda images: predict(self.model, images, self.world)
-        )
+        return read(photo, self.model)
 
     def lines(self, pages: list[Page]) -> list[list[list[ReadDigit]]]:
         """Lines of numbers of digits, as scores take them."""
-        return [
-            [
-                [
-                    ReadDigit(d["value"], d["confidence"], d["status"] == ACCEPTED)
-                    for d in number["digits"]
-                ]
-                for number in line
-            ]
-            for page in pages
-            for line in describe(page, self.model.doubt)["lines"]
-        ]
+        return [line for page in pages for line in scored(describe(page, self.model.doubt))]
 
     def text(self, pages: list[Page]) -> str:
         """Lines, parted by slashes, without spaces."""
@@ -157,12 +141,10 @@ def _saved(image: Image.Image, folder: str, orientation: int = 1) -> Path:
 def _distance(one: str, other: str) -> int:
     """The edit distance of digits alone."""
     one, other = one.replace("/", ""), other.replace("/", "")
-    row = list(range(len(other) + 1))
-    for here, wanted in enumerate(one, 1):
-        above, row = row, [here]
-        for there, found in enumerate(other, 1):
-            row.append(min(above[there - 1] + (wanted != found), above[there] + 1, row[-1] + 1))
-    return row[-1]
+    return sum(
+        here is None or there is None or one[here] != other[there]
+        for here, there in align(one, other)
+    )
 
 
 def speeds(model_file: Path, photo: Path, rounds: int) -> dict[str, dict[str, float]]:
@@ -188,8 +170,7 @@ def _read_one(model_file: Path, photo: Path) -> None:
     """Print how long it takes, and the most memory so far."""
     torch.set_num_threads(1)
     reader = Reader(model_file)
-    blank = np.full((40, 60), 255, np.uint8)
-    read_pages([Frame(blank, (60, 40))], lambda images: predict(reader.model, images, World()))
+    find_ink(np.full((40, 60), 255, np.uint8))  # what is imported when it is first needed
     begin = time.perf_counter()
     reader.pages(photo)
     print(time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)

@@ -133,7 +133,7 @@ def _ink_on_even_ground(values: Grey) -> Grey | None:
         return None
     ground = float(values.max())
     ink = 1 - values / ground
-    marks = ink > _otsu(ink)
+    marks = ink > otsu(ink)
     even, nearly = (ink < 1.5 / 255).mean(), ((ink > 0.02) & (ink < 0.2)).mean()
     if even < 0.35 or nearly > 0.2 or marks.mean() > 0.6 or _is_shadow(marks):
         return None
@@ -156,7 +156,7 @@ def _level(values: Grey) -> Grey:
         size = max(3, round(share * side)) | 1
         ground = ndimage.grey_closing(values, (size, size), mode="nearest")
         more = (1 - values / np.maximum(ground, 0.02)).clip(0, 1)
-        threshold = max(_otsu(more), 0.35 * _strongest(more))
+        threshold = max(otsu(more), 0.35 * _strongest(more))
         marks = more > threshold
         if _is_shadow(marks[inside]):
             break
@@ -197,12 +197,12 @@ def _strongest(ink: Grey) -> float:
 
 def _ground_of(ink: Grey) -> tuple[float, float]:
     """The median of what is no ink, and its standard deviation."""
-    ground = ink[ink <= _otsu(ink)]
+    ground = ink[ink <= otsu(ink)]
     middle = float(np.median(ground))
     return middle, float(1.4826 * np.median(np.abs(ground - middle)))
 
 
-def _otsu(ink: Grey) -> float:
+def otsu(ink: Grey) -> float:
     """The threshold that separates two classes best (Otsu, 1979); 1 if there is but one."""
     counts, edges = np.histogram(ink, 64, (0, 1))
     middles = (edges[1:] + edges[:-1]) / 2
@@ -218,7 +218,7 @@ def _otsu(ink: Grey) -> float:
 def _mask(ink: Grey) -> NDArray[np.bool_] | None:
     """Where there is ink, or None if there is but ground and its noise."""
     ground, noise = _ground_of(ink)
-    threshold = max(_otsu(ink), 0.35 * _strongest(ink), ground + 4 * noise, _LEAST_CONTRAST)
+    threshold = max(otsu(ink), 0.35 * _strongest(ink), ground + 4 * noise, _LEAST_CONTRAST)
     strong = ink > threshold
     if not strong.any() or ink[strong].mean() - ground < max(1.5 * _LEAST_CONTRAST, 5 * noise):
         return None

@@ -39,13 +39,7 @@ def render_page(
         KeyError: a picture is missing.
         jinja2.UndefinedError, TypeError: so is a field of the report.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates(Path(__file__).parent)
     environment.filters |= {"count": _count, "percent": _percent, "decimal": _decimal}
     prepared = report["prepared_examples"]
     shown = [*(report["mistakes"] or []), *report["least_confident"], *prepared]
@@ -58,6 +52,17 @@ def render_page(
         curves=[curve for curve in curves if curve],
     )
     return page.encode(errors="replace").decode()  # a file's name need not be valid Unicode
+
+
+def templates(folder: Path) -> Environment:
+    """The templates of a folder; what they are given is escaped, what they lack is an error."""
+    return Environment(
+        loader=FileSystemLoader(folder),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
 
 
 def _count(number: float | None) -> str:

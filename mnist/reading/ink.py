@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from mnist.evaluation.ink import otsu
+
 Grey = NDArray[np.floating[Any]]
 """height×width, 0 to 1."""
 Mask = NDArray[np.bool_]
@@ -174,19 +176,6 @@ def _noise_of(ink: Grey) -> tuple[float, float]:
     ground = some[some <= otsu(some)]
     middle = float(np.median(ground))
     return middle, float(1.4826 * np.median(np.abs(ground - middle)))
-
-
-def otsu(ink: Grey) -> float:
-    """The threshold that separates two classes best (Otsu, 1979); 1 if there is but one."""
-    counts, edges = np.histogram(ink, 64, (0, 1))
-    middles = (edges[1:] + edges[:-1]) / 2
-    below, sums = counts.cumsum(), (counts * middles).cumsum()
-    above = below[-1] - below
-    with np.errstate(all="ignore"):
-        gap = sums / below - (sums[-1] - sums) / above
-        between = below * above * np.square(gap)
-    between = np.nan_to_num(between[:-1])
-    return float(edges[1 + between.argmax()]) if between.any() else 1.0
 
 
 def _mask(ink: Grey) -> Mask:

@@ -27,8 +27,8 @@ from mnist.reading.config import ReadConfig
 from mnist.reading.page import Shown, most_urgent, render_page, show
 from mnist.reading.photo import find_photos, load_pages
 from mnist.reading.reader import read_pages
-from mnist.reading.readings import ACCEPTED, describe, is_ours, write_rows
-from mnist.reading.truth import ReadDigit, Score, read_truth
+from mnist.reading.readings import ACCEPTED, describe, is_ours, scored, write_rows
+from mnist.reading.truth import Score, read_truth
 from mnist.runs.checkpoint import enclosing_checkpoint
 from mnist.runs.environment import environment
 from mnist.system import flush_to_disk, sha256, write_file
@@ -229,7 +229,7 @@ def _merge(
             if truth is not None:
                 wanted = truth.get(Path(record["file"]).resolve())
                 if wanted is not None:
-                    score.add(wanted, _digits(record))
+                    score.add(wanted, [line for page in record["pages"] for line in scored(page)])
             yield record
 
     with (aside / "readings.csv").open("w", newline="", errors="surrogateescape") as table:
@@ -268,21 +268,6 @@ def _count(record: dict[str, Any], counts: Counter[str]) -> None:
     counts["digits"] += len(digits)
     counts["digits_accepted"] += sum(digit["status"] == ACCEPTED for digit in digits)
     counts.update(number["status"] for number in numbers)
-
-
-def _digits(record: dict[str, Any]) -> list[list[list[ReadDigit]]]:
-    """Lines of numbers of digits, of all pages."""
-    return [
-        [
-            [
-                ReadDigit(d["value"], d["confidence"], d["status"] == ACCEPTED)
-                for d in number["digits"]
-            ]
-            for number in line
-        ]
-        for page in record["pages"]
-        for line in page["lines"]
-    ]
 
 
 def _publish(aside: Path, output: Path, report: dict[str, Any], world: World) -> None:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from numpy.typing import NDArray
 
+from mnist.evaluation.page import templates
 from mnist.pictures import Frame
 from mnist.reading.reader import Page
 
@@ -75,13 +75,7 @@ def render_page(
         records: by place among all files, what was read of those that are shown.
         shown: in the order in which they are shown.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates(Path(__file__).parent)
     environment.filters["percent"] = lambda share: "–" if share is None else f"{share:.1%}"
     environment.filters["next_or_none"] = lambda images: next(images, None)
     pages = [

@@ -9,6 +9,7 @@ from typing import IO, Any
 
 from mnist.model import Doubt
 from mnist.reading.reader import Box, Digit, Number, Page
+from mnist.reading.truth import ReadDigit
 
 ACCEPTED, DOUBTFUL, REJECTED = "accepted", "doubtful", "rejected"
 COLUMNS = (
@@ -77,6 +78,20 @@ def _status(digit: Digit, threshold: float) -> str:
 
 def _rounded(box: Box) -> list[float]:
     return [round(float(side), 1) for side in box]
+
+
+def scored(page: dict[str, Any]) -> list[list[list[ReadDigit]]]:
+    """The lines of a described page, of numbers of digits, as scores take them."""
+    return [
+        [
+            [
+                ReadDigit(d["value"], d["confidence"], d["status"] == ACCEPTED)
+                for d in number["digits"]
+            ]
+            for number in line
+        ]
+        for line in page["lines"]
+    ]
 
 
 def rows(file: str, pages: Sequence[dict[str, Any]], error: str | None) -> Iterable[list[Any]]:
