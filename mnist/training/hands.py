@@ -52,13 +52,26 @@ def barred_sevens(digits: Originals, rng: Generator, count: int) -> Ink:
     return _with(ink, foot + share * (top - foot) - bar / 2, bar, rng)
 
 
+def flagless_sevens(digits: Originals, rng: Generator, count: int) -> Ink:
+    """A 7 with a bar through its stem, and little of a flag."""
+    ink, place = digits.draw(rng, np.full(count, 7)), np.arange(SIZE)
+    corner = end(ink, lambda place: place[..., 1] - place[..., 0])
+    foot = end(ink, lambda place: place[..., 0])
+    slope = (corner - foot)[:, 1] / np.minimum(corner - foot, -1)[:, 0]
+    stem = corner[:, 1, None] + slope[:, None] * (place - corner[:, 0, None])
+    left = stem - radius_of(ink)[:, None] - rng.uniform(2.5, 8, (count, 1))
+    ink = ink * (place >= left[..., None])
+    share = rng.uniform(0.4, 0.65, count)[:, None]
+    bar = polar(rng.uniform(9, 16, count), rng.uniform(-30, 10, count))
+    return _with(ink, foot + share * (corner - foot) - bar / 2, bar, rng)
+
+
 def footed_nines(digits: Originals, rng: Generator, count: int) -> Ink:
-    """A 9 whose stem ends in a stroke to the left, or to both sides."""
+    """A 9 whose stem ends in a stroke to the left: to the right as well it were a closed 2."""
     ink = digits.draw(rng, np.full(count, 9))
     foot = end(ink, lambda place: place[..., 0])
     left = polar(rng.uniform(5, 15, count), rng.uniform(160, 220, count))
-    right = polar(rng.uniform(0, 6, count), rng.uniform(-20, 20, count))
-    return _with(_with(ink, foot, left, rng), foot, right, rng)
+    return _with(ink, foot, left, rng)
 
 
 def mirrored_nines(digits: Originals, rng: Generator, count: int) -> Ink:
@@ -112,6 +125,21 @@ def curled_twos(digits: Originals, rng: Generator, count: int) -> Ink:
     return np.maximum(ink, _rings(start + radii * [0.5, 0.8], radii, radius_of(ink)))
 
 
+def closed_twos(digits: Originals, rng: Generator, count: int) -> Ink:
+    """A 2 whose head is a closed loop, like that of a 9; its foot may have a loop as well."""
+    looped = looped_twos(digits, rng, count)
+    ink = np.where(
+        (rng.random(count) < 0.3)[:, None, None], looped, digits.draw(rng, np.full(count, 2))
+    )
+    rows = ink.any(2)
+    top, bottom = rows.argmax(1), SIZE - rows[:, ::-1].argmax(1)
+    start = end(ink, lambda place: -place[..., 0] - 1.5 * place[..., 1])
+    row = top + rng.uniform(0.35, 0.6, count) * (bottom - top)
+    near = np.abs(np.arange(SIZE)[None, :] - row[:, None]) <= 1.5
+    stem = end(ink * near[..., None], lambda place: place[..., 1])
+    return _with(ink, start, stem - start, rng)
+
+
 def slanted_fives(digits: Originals, rng: Generator, count: int) -> Ink:
     """A 5 whose flag and stem are one stroke, down from the upper right."""
     ink, place = digits.draw(rng, np.full(count, 5)), np.arange(SIZE)
@@ -157,7 +185,8 @@ def footed_zeros(digits: Originals, rng: Generator, count: int) -> Ink:
 
 
 def tailed_zeros(digits: Originals, rng: Generator, count: int) -> Ink:
-    """A 0, often low, with a stroke out of it to the right, or into it from the left."""
+    """A 0, often low, with a stroke out of it to the right, or into it from the left, as zeros have
+    that are joined."""
     ink = digits.draw(rng, np.full(count, 0))
     rows = (np.arange(SIZE) - SIZE / 2) / rng.uniform(0.5, 1, (count, 1)) + SIZE / 2
     ink = np.take_along_axis(ink, rows.round().clip(0, SIZE - 1).astype(int)[..., None], 1)
@@ -166,8 +195,10 @@ def tailed_zeros(digits: Originals, rng: Generator, count: int) -> Ink:
     leaves = end(ink, lambda place: down * place[..., 0] + right * place[..., 1])
     out = polar(rng.uniform(2, 9, count), rng.uniform(-30, 25, count))
     tailed = _with(ink, leaves, out, rng)
-    enters = end(ink, lambda place: -place[..., 0] - 0.7 * place[..., 1])
-    into = polar(rng.uniform(2, 6, count) * (rng.random(count) < 0.3), rng.uniform(150, 215, count))
+    radians = np.radians(rng.uniform(100, 240, count))
+    down, right = np.sin(radians)[:, None, None], np.cos(radians)[:, None, None]
+    enters = end(ink, lambda place: down * place[..., 0] + right * place[..., 1])
+    into = polar(rng.uniform(2, 7, count) * (rng.random(count) < 0.4), rng.uniform(150, 215, count))
     return _with(tailed, enters, into, rng)
 
 
@@ -185,11 +216,13 @@ def barred_zeros(digits: Originals, rng: Generator, count: int) -> Ink:
 HANDS: tuple[tuple[Maker, int], ...] = (
     *[(ones_with_upstroke, 1)] * 2,
     *[(barred_sevens, 7)] * 2,
+    (flagless_sevens, 7),
     *[(footed_nines, 9)] * 2,
     (mirrored_nines, 9),
     *[(short_fours, 4)] * 2,
     (looped_twos, 2),
-    *[(curled_twos, 2)] * 2,
+    (curled_twos, 2),
+    *[(closed_twos, 2)] * 2,
     (slanted_fives, 5),
     (open_zeros, 0),
     (footed_zeros, 0),
