@@ -22,6 +22,7 @@ INK_SIZE = 20
 
 _LEAST_BOX = 10  # pixels of the source: what is smaller, a comma, does not fill the 20
 _COVERED = 0.99  # of its place, by a source pixel that lies over more than one of the 20
+_FINER = 4  # times: by which drawings with steps are enlarged
 _EDGE = 1e-11  # of a pixel: nearer to its border is on it
 
 
@@ -49,7 +50,8 @@ def normalise_digits(
 ) -> Normalised:
     """Make digits what MNIST's are.
 
-    How much ground surrounds a digit, and where it lies in it, changes nothing.
+    How much ground surrounds a digit, and where it lies in it, changes nothing. What has to be
+    enlarged and has two levels, with steps where a pen drew a line, is smoothed before.
 
     Args:
         inks: n arrays, each of any height and width, or one n×height×width: how much ink there is,
@@ -62,7 +64,9 @@ def normalise_digits(
     # Around the middle of the ink; what is over lies below it and to its right.
     corners = np.stack([tops - (sides - heights) // 2, lefts - (sides - widths) // 2], 1)
     images = np.zeros((len(boxes), *IMAGE_SHAPE), np.uint8)
-    places = np.full((len(boxes), 2), (IMAGE_SHAPE[0] - INK_SIZE) // 2)
+    scales = sides / INK_SIZE
+    margin = (IMAGE_SHAPE[0] - INK_SIZE) // 2
+    origins = corners - np.where(heights > 0, 0, margin)[:, None] * scales[:, None]
     for side in np.unique(sides[heights > 0]).tolist():
         chosen = np.flatnonzero((sides == side) & (heights > 0))
         squares = np.zeros((len(chosen), side, side), np.float32)
@@ -72,11 +76,33 @@ def normalise_digits(
             box = slice(top, top + height), slice(left, left + width)
             part = square[down : down + height, right : right + width]
             part[:] = inks[index][box] if masks is None else inks[index][box] * masks[index][box]
+        if side < INK_SIZE and (stepped := _are_stepped(squares)).any():
+            smooth = normalise_digits(_smoothed(squares[stepped]))
+            few, chosen, squares = chosen[stepped], chosen[~stepped], squares[~stepped]
+            images[few], scales[few] = smooth.images, smooth.scales / _FINER
+            origins[few] = corners[few] + smooth.origins / _FINER - 1
         digits = _resample(squares)
-        places[chosen] = _place(digits)
-        _paste(digits, places[chosen], images, chosen)
-    scales = sides / INK_SIZE
-    return Normalised(images, corners - places * scales[:, None], scales)
+        places = _place(digits)
+        origins[chosen] -= places * scales[chosen, None]
+        _paste(digits, places, images, chosen)
+    return Normalised(images, origins, scales)
+
+
+def _are_stepped(squares: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Which of n×side×side have no ink but full ink."""
+    full = squares.max((1, 2), keepdims=True)
+    result: NDArray[np.bool_] = ((squares == 0) | (squares == full)).all((1, 2))
+    return result
+
+
+def _smoothed(squares: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """n×side×side, with a pixel more around, enlarged with linear interpolation."""
+    side = squares.shape[1] + 2
+    places = (np.arange(_FINER * side) + 0.5) / _FINER - 0.5
+    weights = np.maximum(0, 1 - np.abs(places[:, None] - np.arange(side))).astype(np.float32)
+    padded = np.pad(255 * np.sign(squares), ((0, 0), (1, 1), (1, 1)))
+    result: NDArray[np.uint8] = np.rint(weights @ padded @ weights.T).astype(np.uint8)
+    return result
 
 
 def _boxes(

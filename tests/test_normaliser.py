@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from mnist.data import load_mnist
 from mnist.normaliser import normalise_digits
@@ -118,6 +119,23 @@ def test_pixels_are_found_again_in_their_source():
     corners = np.array([(rows[0], columns[0]), (rows[-1] + 1, columns[-1] + 1)], float)
     assert np.abs(made.to_source(0, corners) - [(40, 150), (140, 190)]).max() <= made.scales[0]
     assert made.scales[0] == 5
+
+
+@pytest.mark.parametrize("level", [1, 255])
+def test_small_drawings_of_two_levels_are_smoothed(level):
+    ink = np.zeros((16, 16), np.uint8)
+    ink[2:15, [2, 3]] = ink[2:4, 4:15] = ink[[9, 13], 5:9] = 255
+    # By Pillow: with ground around it, four times as large.
+    image = Image.fromarray(np.pad(ink, 4)).resize((96, 96), Image.Resampling.BILINEAR)
+    smooth = normalise_digits([np.asarray(image)])
+    made = normalise_digits([ink // 255 * level])
+    assert np.abs(made.images.astype(int) - smooth.images).max() <= 4
+    corners = np.array([(3, 5), (20, 20)], float)
+    assert np.allclose(made.to_source(0, corners), smooth.to_source(0, corners) / 4 - 4)
+    grey = ink.copy()
+    grey[5, 4] = 200  # more than two levels: as it is
+    doubled = normalise_digits([grey.repeat(2, 0).repeat(2, 1)])
+    assert np.array_equal(normalise_digits([grey]).images, doubled.images)
 
 
 def test_what_mnist_has_stays_what_it_is(data_dir):

@@ -14,10 +14,12 @@ from mnist.data import IMAGE_SHAPE
 from mnist.normaliser import normalise_digits
 from mnist.reading.marks import Line
 
-_MOST_PIECES = 8  # of a digit
+_MOST_PIECES = 12  # of a digit
 _WIDEST = 1.6  # digit heights
 _WIDEST_GAP = 0.5
-_LOWEST = 0.33
+_LOWEST = 0.43
+_HIGHEST = 2.7
+_USUALLY_LOWEST = 0.8
 _DOT = 0.35  # digit heights: smaller marks may be dots
 _OFF = 0.25  # digit heights
 
@@ -27,34 +29,31 @@ class Weights:
     """What ways through a line cost, as logarithms of probabilities: chosen on development
     images."""
 
-    cut: float = 0.36
+    cut: float = 0.24
     """Of a cut before a digit or after it."""
-    gap: float = 3.0
+    loop: float = 0.35
+    """More of a cut through two strokes or more, as through a loop."""
+    gap: float = 6.6
     """Of a digit height of ground within a digit, from side to side."""
-    dot: float = 0.95
+    dot: float = 1.06
     """Of a small mark of its own within a digit."""
-    broad: float = 1.07
+    broad: float = 0.87
     """Digit heights that a digit may be wide for nothing."""
-    wide: float = 2.1
+    wide: float = 2.66
     """Of each digit height more."""
-    short: float = 0.49
-    """Digit heights that a digit is high at least."""
-    long: float = 1.92
-    """And at most."""
-    size: float = 20.0
-    """Of each digit height less, or more."""
-    aside: float = 10.0
+    low: float = 0.95
+    """Of each digit height that a digit is lower than 0.8."""
+    aside: float = 36.0
     """Of each digit height by which its middle is above or below that of its neighbours, beyond
     a quarter."""
-    each: float = 0.35
+    each: float = 0.71
     """Of any digit."""
     none: float = 0.93
     """Of a piece that is no digit, however small."""
-    none_size: float = 2.0
-    """More of it, by height and width above a third of a digit's height."""
-    none_most: float = 4.4
-    """At most so much."""
-    trust: float = 1.64
+    none_size: float = 2.14
+    """More of it, by height and width above a third of a digit's height, if it does not reach the
+    border."""
+    trust: float = 1.49
     """Of what the network says."""
     sharpness: float = 3.0
     """Of all of it: the higher, the less doubt between ways."""
@@ -107,7 +106,7 @@ def candidates(line: Line) -> Candidates:
             tall, wide = box[2] - box[0], box[3] - box[1]
             if stop - first > 1 and (wide > _WIDEST * height or gap > _WIDEST_GAP * height):
                 break
-            if max(tall, 0.7 * wide) < _LOWEST * height:
+            if not _LOWEST * height <= tall <= _HIGHEST * height:
                 continue
             runs.append((first, stop))
             unions.append(box.copy())
@@ -130,18 +129,15 @@ def _scores(
     """Of each run to be each digit, k×10, and of each piece to be none, n."""
     sizes = (line.boxes[:, 2:] - line.boxes[:, :2]) / line.digit_height
     size = np.maximum(sizes[:, 0], 0.6 * sizes[:, 1])
-    none = weights.none + weights.none_size * np.maximum(0, size - 0.33)
-    none = np.minimum(none, np.where(line.at_border, weights.none, weights.none_most))
-    cut = weights.cut * line.cut_before
+    none = weights.none + weights.none_size * np.maximum(0, size - 0.33) * ~line.at_border
+    cut = weights.cut * (line.cut_before > 0) + weights.loop * (line.cut_before > 1)
     after = np.append(cut[1:], 0)
     tall, wide = ((found.boxes[:, 2:] - found.boxes[:, :2]) / line.digit_height).T
     cost = weights.each + weights.gap * found.gaps
     cost += weights.dot * dots_within(line, found.runs)
     cost += weights.aside * off_line(line, found.boxes)
     cost += weights.wide * np.maximum(0, wide - weights.broad)
-    cost += weights.size * (
-        np.maximum(0, weights.short - tall) + np.maximum(0, tall - weights.long)
-    )
+    cost += weights.low * np.maximum(0, _USUALLY_LOWEST - tall)
     if len(found.runs):
         cost += 0.5 * (cut[found.runs[:, 0]] + after[found.runs[:, 1] - 1])
     digit = weights.sharpness * (weights.trust * logs - cost[:, None])
@@ -166,7 +162,7 @@ def off_line(line: Line, boxes: NDArray[np.int64]) -> NDArray[np.float64]:
 def dots_within(line: Line, runs: NDArray[np.int64]) -> NDArray[np.int64]:
     """How many small marks of their own, as dots and commas are, each run joins to others."""
     sizes = (line.boxes[:, 2:] - line.boxes[:, :2]).max(1) / line.digit_height
-    own = ~line.cut_before & ~np.append(line.cut_before[1:], False)
+    own = (line.cut_before == 0) & (np.append(line.cut_before[1:], 0) == 0)
     dots = np.append(0, ((sizes < _DOT) & own).cumsum())
     joined = runs[:, 1] - runs[:, 0] > 1
     result: NDArray[np.int64] = (dots[runs[:, 1]] - dots[runs[:, 0]]) * joined

@@ -3,7 +3,6 @@
 Sizes are in pixels of the page, unless a name says share; ink is from 0, none, to 1.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +11,10 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from mnist.evaluation.ink import otsu
+from mnist.reading.rules import Mask, runs_of, without_rules
 
 Grey = NDArray[np.floating[Any]]
 """height×width, 0 to 1."""
-Mask = NDArray[np.bool_]
-"""height×width."""
 
 _TILE = 40  # pixels of the reduced page
 _COARSE = 320  # pixels of the longer side on which the ground is looked for
@@ -56,10 +54,10 @@ def find_ink(page: NDArray[np.uint8]) -> Ink:
         values = 1 - values
     strength = _strength(values)
     mask = _mask(strength)
-    mask, rules = _without_rules(mask)
+    mask, rules = without_rules(mask)
     if fine := _finest_stroke(strength, mask):
         mask = ndimage.binary_opening(mask, np.ones((fine, fine), bool))
-    widths = np.minimum(_runs(mask), _runs(mask.T).T)[mask]
+    widths = np.minimum(runs_of(mask), runs_of(mask.T).T)[mask]
     stroke = float(np.median(widths)) if len(widths) else 0.0
     return Ink(strength, mask, rules, stroke, inverted)
 
@@ -210,162 +208,6 @@ def _finest_stroke(ink: Grey, mask: Mask) -> int:
     pattern = mask & ~ndimage.binary_dilation(strokes, _EIGHT, 2)
     if np.count_nonzero(pattern) < 0.04 * np.count_nonzero(mask) or not strokes.any():
         return 0
-    widths = np.minimum(_runs(mask), _runs(mask.T).T)
+    widths = np.minimum(runs_of(mask), runs_of(mask.T).T)
     usual = float(np.mean(widths[strokes]))
     return max(2, round(0.4 * usual)) if np.mean(widths[pattern]) < 0.45 * usual else 0
-
-
-# ------------------------------------------------------------------------------------------ rules
-
-
-def _without_rules(mask: Mask) -> tuple[Mask, Mask]:
-    """The mask without the lines of paper or form, and these."""
-    size = _digit_size(mask)
-    rules = _rules(mask, size) | _rules(mask.T, size).T
-    if not rules.any():
-        return mask, rules
-    rest = mask & ~rules
-    marks, count = ndimage.label(rest, _EIGHT)
-    near = ndimage.binary_dilation(rules, _EIGHT, 2) & rest
-    areas, touching = (np.bincount(marks[part], minlength=count + 1) for part in (rest, near))
-    kept = touching <= 0.6 * areas  # the rest are crossings, and edges of rules
-    kept[0] = False
-    return kept[marks], rules
-
-
-def _runs(mask: Mask) -> NDArray[np.int32]:
-    """For each inked pixel how long its run is, up and down; 0 elsewhere."""
-    height, width = mask.shape
-    columns = np.ascontiguousarray(mask.T)
-    padded = np.zeros((width, height + 2), np.int8)
-    padded[:, 1:-1] = columns
-    steps = np.diff(padded.ravel())
-    lengths = np.flatnonzero(steps == -1) - np.flatnonzero(steps == 1)
-    runs = np.zeros((width, height), np.int32)
-    runs[columns] = np.repeat(lengths, lengths)
-    return runs.T
-
-
-def _digit_size(mask: Mask) -> float:
-    """About how high the digits of a page are, though rules may join them."""
-    marks, count = ndimage.label(mask, _EIGHT)
-    if not count:
-        return 0.0
-    boxes = np.array([[p.stop - p.start for p in box] for box in ndimage.find_objects(marks)])
-    areas = np.bincount(marks.ravel(), minlength=count + 1)[1:]
-    sides = boxes.min(1)
-    order = np.argsort(sides)
-    middle = sides[order][np.searchsorted(areas[order].cumsum(), 0.5 * areas.sum())]
-    return float(min(middle, 0.18 * max(mask.shape)))
-
-
-def _rules(mask: Mask, digit: float) -> Mask:
-    """Thin lines that go across much of the page, nearly straight and level: what of them is no
-    stroke that crosses them.
-
-    Args:
-        mask: where there is ink.
-        digit: about how high digits are.
-    """
-    height, width = mask.shape
-    found = np.zeros_like(mask)
-    if not mask.any():
-        return found
-    runs = _runs(mask)
-    thickness = max(2, int(np.quantile(np.minimum(runs, _runs(mask.T).T)[mask], 0.8) * 1.5))
-    thin, widest = mask & (runs <= thickness), 0.0
-    for chain in _chains(_segments(thin, thickness), thickness, digit):
-        left, right = chain[0][0], chain[-1][1]
-        whole = left <= 1 and right >= width - 1
-        if not whole and right - left < max(0.45 * width, 2.5 * digit):
-            continue
-        if sum(stop - start for start, stop, _, _ in chain) < 0.4 * (right - left):
-            continue
-        xs = np.array([x for start, stop, _, _ in chain for x in (start, stop - 1)])
-        ys = np.array([y for _, _, first, last in chain for y in (first, last)])
-        place = np.arange(left, right)
-        middle = np.interp(place, xs, ys)
-        near = [np.rint(middle + offset).astype(int).clip(0, height - 1) for offset in (-1, 0, 1)]
-        if np.mean(mask[near[0], place] | mask[near[1], place] | mask[near[2], place]) < 0.85:
-            continue  # feet of digits that stand in a line
-        own = float(np.median(runs[near[1], place][thin[near[1], place]]))
-        place, middle = _extended(mask, xs, ys)
-        for offset in range(-math.ceil(own / 2) - 1, math.ceil(own / 2) + 2):
-            y = np.rint(middle + offset).astype(int)
-            inside = (y >= 0) & (y < height)
-            row, column = y[inside], place[inside]
-            found[row, column] |= thin[row, column] & (runs[row, column] <= 1.5 * own + 1)
-        widest = max(widest, own)
-    whole = np.ones((3, 1), bool)
-    lines: Mask = ndimage.binary_propagation(found, whole, thin & (runs <= 1.5 * widest + 1))
-    return lines
-
-
-def _extended(
-    mask: Mask, xs: NDArray[np.int64], ys: NDArray[np.float64]
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """The columns of a line and its height in each, as far as there is ink where it would go on."""
-    height, width = mask.shape
-    place = np.arange(width)
-    middle = np.interp(place, xs, ys)
-    few = max(2, len(xs) // 4)
-    for outside, ends in ((place < xs[0], slice(0, few)), (place > xs[-1], slice(-few, None))):
-        slope = np.polyfit(xs[ends], ys[ends], 1)[0]
-        at = xs[0] if ends.start == 0 else xs[-1]
-        middle[outside] = middle[at] + slope * (place[outside] - at)
-    near = [np.rint(middle + offset).astype(int).clip(0, height - 1) for offset in (-1, 0, 1)]
-    inked = mask[near[0], place] | mask[near[1], place] | mask[near[2], place]
-    gaps = np.flatnonzero(~inked & ((place < xs[0]) | (place > xs[-1])))
-    left = gaps[gaps < xs[0]].max(initial=-1) + 1
-    right = gaps[gaps > xs[-1]].min(initial=width)
-    return place[left:right], middle[left:right]
-
-
-Segment = tuple[int, int, float, float]
-"""Left, right, and the height at both."""
-
-
-def _segments(thin: Mask, thickness: int) -> list[Segment]:
-    """Straight bits of thin lines, from left to right, each at most a block wide."""
-    block = max(12, 3 * thickness)
-    flat = ndimage.binary_dilation(thin, np.ones((3, 1), bool))
-    level = _runs(flat.T).T
-    flat = thin & (level >= block)
-    flat[:, ::block] = False
-    pieces, _ = ndimage.label(flat, _EIGHT)
-    segments = []
-    for index, (rows, columns) in enumerate(ndimage.find_objects(pieces)):
-        length = columns.stop - columns.start
-        if length < 0.6 * block or rows.stop - rows.start > thickness + 0.3 * length:
-            continue
-        own = pieces[rows, columns] == index + 1
-        xs = np.flatnonzero(own.any(0))
-        ys = (own * np.arange(own.shape[0])[:, None]).sum(0)[xs] / own.sum(0)[xs]
-        slope, start = np.polyfit(xs, ys, 1)
-        if np.square(ys - start - slope * xs).mean() ** 0.5 > 0.4 + 0.06 * thickness:
-            continue
-        first = rows.start + start
-        segments.append((columns.start, columns.stop, first, first + slope * (length - 1)))
-    return sorted(segments)
-
-
-def _chains(segments: list[Segment], thickness: int, digit: float) -> list[list[Segment]]:
-    """Segments that continue one another."""
-    chains: list[list[Segment]] = []
-    most = max(10 * thickness, 2 * digit)
-    for segment in segments:
-        best, least = None, np.inf
-        for chain in chains:
-            start, stop, first, last = chain[-1]
-            gap = segment[0] - stop
-            if not -2 <= gap <= most:
-                continue
-            slope = (last - first) / (stop - start)
-            off = min(abs(last + share * slope * gap - segment[2]) for share in (0, 0.5, 1))
-            if off <= 1 + 0.3 * thickness + 0.03 * gap and off + 0.02 * gap < least:
-                best, least = chain, off + 0.02 * gap
-        if best is None:
-            chains.append([segment])
-        else:
-            best.append(segment)
-    return chains

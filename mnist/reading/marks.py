@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from scipy.signal import find_peaks
 
-from mnist.reading.ink import Grey, Ink, Mask
+from mnist.reading.ink import Grey, Ink
+from mnist.reading.rules import Mask
 
 DIGIT_HEIGHT = 40
 
@@ -38,8 +39,9 @@ class Line:
     """height×width: which piece, from 1, a pixel belongs to; 0 none."""
     boxes: NDArray[np.int64]
     """n×4: top, left, bottom and right of each piece."""
-    cut_before: NDArray[np.bool_]
-    """n: whether a piece is cut off from the one before it, or is another mark."""
+    cut_before: NDArray[np.int64]
+    """n: through how many strokes a piece is cut off from the one before it; 0 if that is another
+    mark."""
     digit_height: float
     at_border: NDArray[np.bool_]
     """n: whether a piece reaches the border of the page."""
@@ -194,14 +196,15 @@ def _smaller(values: Grey, scale: float) -> Grey:
     return np.asarray(image.resize((width, height), Image.Resampling.BOX, box))
 
 
-def _pieces(mask: Mask, digit_height: float) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+def _pieces(mask: Mask, digit_height: float) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
     """Marks, those that are wide cut where the least ink is, from left to right.
 
     Returns:
-        Which piece each pixel belongs to, from 1; and whether each is cut off from another.
+        Which piece each pixel belongs to, from 1; and through how many strokes each is cut off from
+        the one before it.
     """
     marks, _ = ndimage.label(mask, _EIGHT)
-    parts: list[tuple[float, Mask, tuple[slice, slice], bool]] = []
+    parts: list[tuple[float, Mask, tuple[slice, slice], int]] = []
     for index, box in enumerate(ndimage.find_objects(marks)):
         own = marks[box] == index + 1
         height, width = own.shape
@@ -221,12 +224,19 @@ def _pieces(mask: Mask, digit_height: float) -> tuple[NDArray[np.int32], NDArray
                 continue
             columns = piece.sum(0)
             middle = box[1].start + (columns @ place) / columns.sum()
-            parts.append((middle, piece, box, part > 0))
+            crossed = _strokes_across(own, cuts[part - 1][1]) if part else 0
+            parts.append((middle, piece, box, crossed))
     labels = np.zeros(mask.shape, np.int32)
     parts.sort(key=lambda part: part[0])
     for number, (_, piece, box, _) in enumerate(parts, 1):
         labels[box][piece] = number
     return labels, np.array([part[3] for part in parts])
+
+
+def _strokes_across(own: Mask, path: NDArray[np.int64]) -> int:
+    """Through how many strokes a cut goes, at least one."""
+    ink = own[np.arange(len(own)), path]
+    return max(1, int(np.count_nonzero(ink[1:] & ~ink[:-1]) + ink[0]))
 
 
 Cut = tuple[float, NDArray[np.int64]]

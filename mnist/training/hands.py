@@ -58,9 +58,9 @@ def flagless_sevens(digits: Originals, rng: Generator, count: int) -> Ink:
     corner = end(ink, lambda place: place[..., 1] - place[..., 0])
     foot = end(ink, lambda place: place[..., 0])
     slope = (corner - foot)[:, 1] / np.minimum(corner - foot, -1)[:, 0]
-    stem = corner[:, 1, None] + slope[:, None] * (place - corner[:, 0, None])
+    stem = corner[:, 1, None] + slope[:, None] * (place - corner[:, :1])
     left = stem - radius_of(ink)[:, None] - rng.uniform(2.5, 8, (count, 1))
-    ink = ink * (place >= left[..., None])
+    ink = ink * (place[None, None, :] >= left[:, :, None])
     share = rng.uniform(0.4, 0.65, count)[:, None]
     bar = polar(rng.uniform(9, 16, count), rng.uniform(-30, 10, count))
     return _with(ink, foot + share * (corner - foot) - bar / 2, bar, rng)
@@ -131,12 +131,12 @@ def closed_twos(digits: Originals, rng: Generator, count: int) -> Ink:
     ink = np.where(
         (rng.random(count) < 0.3)[:, None, None], looped, digits.draw(rng, np.full(count, 2))
     )
-    rows = ink.any(2)
-    top, bottom = rows.argmax(1), SIZE - rows[:, ::-1].argmax(1)
+    rows = (ink > 0).any(2)
+    top, bottom = rows.argmax(1), SIZE - np.flip(rows, 1).argmax(1)
     start = end(ink, lambda place: -place[..., 0] - 1.5 * place[..., 1])
     row = top + rng.uniform(0.35, 0.6, count) * (bottom - top)
-    near = np.abs(np.arange(SIZE)[None, :] - row[:, None]) <= 1.5
-    stem = end(ink * near[..., None], lambda place: place[..., 1])
+    near: NDArray[np.bool_] = np.abs(np.arange(SIZE)[None, :] - row[:, None]) <= 1.5
+    stem = end(ink * near[:, :, None], lambda place: place[..., 1])
     return _with(ink, start, stem - start, rng)
 
 

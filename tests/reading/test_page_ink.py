@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from made_pages import ink_of, on_paper
+from PIL import Image, ImageDraw
 
 from mnist.reading.ink import find_ink
 
@@ -83,6 +84,50 @@ def test_grid_is_left_out(data_dir):
     found = find_ink(page)
     alone = lines & (ink < 0.05)
     assert (found.mask & alone).sum() < 0.05 * alone.sum()
+
+
+def drawn(size, draw):
+    """What ``draw`` draws on a crop, 0 to 1, drawn four times as large and reduced."""
+    image = Image.new("L", (4 * size[0], 4 * size[1]))
+    draw(ImageDraw.Draw(image))
+    return np.asarray(image.resize(size, Image.Resampling.BOX)).astype(float) / 255
+
+
+def test_zeros_that_are_joined_are_no_rule():
+    def draw(pen):
+        for left, low in zip(range(100, 1000, 190), (176, 182, 178, 184, 179), strict=True):
+            pen.rounded_rectangle((left, 60, left + 200, low), 55, outline=255, width=16)
+
+    ink = drawn((310, 56), draw)
+    assert not check(on_paper(ink), ink).rules.any()
+
+
+def test_strokes_as_high_as_a_crop_are_no_rules():
+    def draw(pen):
+        for left in (100, 200, 300):
+            pen.line((left + 30, 14, left, 210), fill=255, width=18)
+        pen.ellipse((400, 60, 520, 200), outline=255, width=18)
+
+    ink = drawn((160, 56), draw)
+    assert not check(on_paper(ink), ink).rules.any()
+
+
+def test_a_rule_on_which_digits_stand_close_together():
+    def digits(pen):
+        for left in range(30, 600, 75):
+            pen.line((left, 40, left + 40, 40, left + 10, 178), fill=255, width=20)
+            pen.arc((left - 10, 110, left + 50, 188), -90, 120, fill=255, width=20)
+
+    ink = drawn((160, 60), digits)
+    page = on_paper(ink)
+    rule = np.zeros(ink.shape, bool)
+    rule[45:47] = True
+    page[rule & (ink < 0.5)] = 90
+    found = find_ink(page)
+    alone = rule & (ink < 0.05)
+    assert (found.mask & alone).sum() < 0.1 * alone.sum()
+    above = (ink > 0.7) & (np.arange(60) < 41)[:, None]
+    assert (found.mask & above).sum() > 0.95 * above.sum()
 
 
 @pytest.mark.parametrize("kind", ["even", "noisy", "shadow"])

@@ -1,0 +1,260 @@
+"""Lines of paper and of forms: found in the ink of a page, and taken out of it.
+
+Sizes are in pixels of the page, unless a name says share.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+Mask = NDArray[np.bool_]
+"""height×width."""
+
+_SMALL = 640  # pixels of the page's width
+_STEEPEST = 0.04  # how much a line across a small page rises, as a share of its width
+_COVERED = 0.85  # how much of such a line is inked
+_ROUNDED = 12**-0.5  # pixels that a straight line is bent, in whole pixels
+_EIGHT = np.ones((3, 3), bool)
+
+
+def without_rules(mask: Mask) -> tuple[Mask, Mask]:
+    """The mask without the lines of paper or form, and these."""
+    size = _digit_size(mask)
+    across, down = _find_rules(mask, size), _find_rules(mask.T, size)
+    rules = np.zeros_like(mask)
+    if across or down:
+        for turned, found in ((rules, across), (rules.T, down)):
+            for rule in found:
+                rule.paint(turned, 2)
+        runs = np.minimum(runs_of(mask), runs_of(mask.T).T)[mask & ~rules]
+        stroke = float(np.median(runs)) if len(runs) else np.inf
+        rules = _paint(mask, [rule for rule in across if rule.is_rule(stroke, size)])
+        rules |= _paint(mask.T, [rule for rule in down if rule.is_rule(stroke, size)]).T
+    if not rules.any():
+        return mask, rules
+    rest = mask & ~rules
+    marks, count = ndimage.label(rest, _EIGHT)
+    near = ndimage.binary_dilation(rules, _EIGHT, 2) & rest
+    areas, touching = (np.bincount(marks[part], minlength=count + 1) for part in (rest, near))
+    kept = touching <= 0.6 * areas  # the rest are crossings, and edges of rules
+    kept[0] = False
+    return kept[marks], rules
+
+
+def runs_of(mask: Mask) -> NDArray[np.int32]:
+    """For each inked pixel how long its run is, up and down; 0 elsewhere."""
+    height, width = mask.shape
+    columns = np.ascontiguousarray(mask.T)
+    padded = np.zeros((width, height + 2), np.int8)
+    padded[:, 1:-1] = columns
+    steps = np.diff(padded.ravel())
+    lengths = np.flatnonzero(steps == -1) - np.flatnonzero(steps == 1)
+    runs = np.zeros((width, height), np.int32)
+    runs[columns] = np.repeat(lengths, lengths)
+    return runs.T
+
+
+def _digit_size(mask: Mask) -> float:
+    """About how high the digits of a page are, though rules may join them."""
+    marks, count = ndimage.label(mask, _EIGHT)
+    if not count:
+        return 0.0
+    boxes = np.array([[p.stop - p.start for p in box] for box in ndimage.find_objects(marks)])
+    areas = np.bincount(marks.ravel(), minlength=count + 1)[1:]
+    sides = boxes.min(1)
+    order = np.argsort(sides)
+    middle = sides[order][np.searchsorted(areas[order].cumsum(), 0.5 * areas.sum())]
+    return float(min(middle, 0.18 * max(mask.shape)))
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """What may be a line of paper or form, from left to right."""
+
+    columns: NDArray[np.int64]
+    heights: NDArray[np.float64]
+    """In each of these columns."""
+    thickness: float
+    bent: float
+    """How far it is from a parabola: the root of the mean square."""
+    whole: bool
+    """Whether it goes across all of the page."""
+
+    def is_rule(self, stroke: float, digit: float) -> bool:
+        """Whether it is no chain of strokes, such as the feet of zeros that are joined.
+
+        Those are as thick as strokes, end before the page does, and are not quite straight.
+        """
+        if self.whole or self.thickness < 0.6 * stroke:
+            return True
+        thin, long = self.thickness < 0.75 * stroke, len(self.columns) > 4 * digit
+        bent = self.bent / self.thickness
+        return (thin and bent < 0.15) or (long and bent < 0.05)
+
+    def paint(self, page: Mask, aside: int) -> None:
+        """Set its pixels, and as many above and below it."""
+        for offset in range(-aside, aside + 1):
+            row = np.rint(self.heights + offset).astype(int)
+            inside = (row >= 0) & (row < len(page))
+            page[row[inside], self.columns[inside]] = True
+
+
+def _find_rules(mask: Mask, digit: float) -> list[_Rule]:
+    """Thin lines that go across much of the page, nearly straight and level.
+
+    Args:
+        mask: where there is ink.
+        digit: about how high digits are.
+    """
+    height, width = mask.shape
+    if not mask.any():
+        return []
+    rules = []
+    runs = runs_of(mask)
+    thickness = _thickness(mask, runs)
+    thin = mask & (runs <= thickness)
+    for chain in _chains(_segments(thin, thickness), thickness, digit):
+        left, right = chain[0][0], chain[-1][1]
+        whole = left <= 1 and right >= width - 1
+        if not whole and right - left < max(0.45 * width, 2.5 * digit):
+            continue
+        if sum(stop - start for start, stop, _, _ in chain) < 0.4 * (right - left):
+            continue
+        xs = np.array([x for start, stop, _, _ in chain for x in (start, stop - 1)])
+        ys = np.array([y for _, _, first, last in chain for y in (first, last)])
+        place = np.arange(left, right)
+        middle = np.interp(place, xs, ys)
+        near = [np.rint(middle + offset).astype(int).clip(0, height - 1) for offset in (-1, 0, 1)]
+        if np.mean(mask[near[0], place] | mask[near[1], place] | mask[near[2], place]) < 0.85:
+            continue  # feet of digits that stand in a line
+        own = float(np.median(runs[near[1], place][thin[near[1], place]]))
+        curve = np.polyval(np.polyfit(xs, ys, 2 if len(xs) > 4 else 1), xs)
+        bent = float(np.square(curve - ys).mean() ** 0.5)
+        place, middle = _extended(mask, xs, ys)
+        whole = place[0] <= 0.03 * width and place[-1] >= 0.97 * width - 1
+        rules.append(_Rule(place, middle, own, bent, whole))
+    if width <= _SMALL:
+        rules += _straight_across(mask, runs, thickness)
+    return rules
+
+
+def _straight_across(mask: Mask, runs: NDArray[np.int32], thickness: int) -> list[_Rule]:
+    """Straight lines from one side of a small page to the other: digits that stand close together
+    on one leave too little of it between them for a chain."""
+    height, width = mask.shape
+    near = ndimage.binary_dilation(mask, np.ones((3, 1), bool))
+    steps = math.floor(_STEEPEST * width)
+    padded = np.pad(near, ((steps, steps), (0, 0)))
+    place = np.arange(width)
+    shares = np.zeros((2 * steps + 1, height))
+    for index in range(2 * steps + 1):
+        shift = np.rint((index - steps) * (place / width - 0.5)).astype(int) + steps
+        rows = np.arange(height)[:, None] + shift[None, :]
+        shares[index] = padded[rows, place].mean(1)
+    rules: list[_Rule] = []
+    while shares.max() >= _COVERED:
+        slope, top = np.unravel_index(shares.argmax(), shares.shape)
+        heights = top + (slope - steps) * (place / width - 0.5)
+        row = np.rint(heights).astype(int).clip(0, height - 1)
+        inked = [runs[(row + offset).clip(0, height - 1), place] for offset in (-1, 0, 1)]
+        own = float(np.quantile(np.maximum.reduce(inked), 0.4))
+        if own <= thickness:
+            rules.append(_Rule(place, heights, own, _ROUNDED, False))
+        aside = math.ceil(own) + 2
+        shares[:, max(0, top - aside) : top + aside + 1] = 0
+    return rules
+
+
+def _thickness(mask: Mask, runs: NDArray[np.int32]) -> int:
+    """A line that is thicker is no rule."""
+    return max(2, int(np.quantile(np.minimum(runs, runs_of(mask.T).T)[mask], 0.8) * 1.5))
+
+
+def _paint(mask: Mask, rules: list[_Rule]) -> Mask:
+    """What of the ink belongs to rules and to no stroke that crosses them."""
+    lines = np.zeros_like(mask)
+    if not rules:
+        return lines
+    runs = runs_of(mask)
+    thin = mask & (runs <= _thickness(mask, runs))
+    for rule in rules:
+        band = np.zeros_like(mask)
+        rule.paint(band, math.ceil(rule.thickness / 2) + 1)
+        lines |= band & thin & (runs <= rule.thickness + 1)
+    widest = max(rule.thickness for rule in rules)
+    whole = np.ones((3, 1), bool)
+    grown: Mask = ndimage.binary_propagation(lines, whole, thin & (runs <= widest + 1))
+    return grown
+
+
+def _extended(
+    mask: Mask, xs: NDArray[np.int64], ys: NDArray[np.float64]
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The columns of a line and its height in each, as far as there is ink where it would go on."""
+    height, width = mask.shape
+    place = np.arange(width)
+    middle = np.interp(place, xs, ys)
+    few = max(2, len(xs) // 4)
+    for outside, ends in ((place < xs[0], slice(0, few)), (place > xs[-1], slice(-few, None))):
+        slope = np.polyfit(xs[ends], ys[ends], 1)[0]
+        at = xs[0] if ends.start == 0 else xs[-1]
+        middle[outside] = middle[at] + slope * (place[outside] - at)
+    near = [np.rint(middle + offset).astype(int).clip(0, height - 1) for offset in (-1, 0, 1)]
+    inked = mask[near[0], place] | mask[near[1], place] | mask[near[2], place]
+    gaps = np.flatnonzero(~inked & ((place < xs[0]) | (place > xs[-1])))
+    left = gaps[gaps < xs[0]].max(initial=-1) + 1
+    right = gaps[gaps > xs[-1]].min(initial=width)
+    return place[left:right], middle[left:right]
+
+
+Segment = tuple[int, int, float, float]
+"""Left, right, and the height at both."""
+
+
+def _segments(thin: Mask, thickness: int) -> list[Segment]:
+    """Straight bits of thin lines, from left to right, each at most a block wide."""
+    block = max(12, 3 * thickness)
+    flat = ndimage.binary_dilation(thin, np.ones((3, 1), bool))
+    level = runs_of(flat.T).T
+    flat = thin & (level >= block)
+    flat[:, ::block] = False
+    pieces, _ = ndimage.label(flat, _EIGHT)
+    segments = []
+    for index, (rows, columns) in enumerate(ndimage.find_objects(pieces)):
+        length = columns.stop - columns.start
+        if length < 0.6 * block or rows.stop - rows.start > thickness + 0.3 * length:
+            continue
+        own = pieces[rows, columns] == index + 1
+        xs = np.flatnonzero(own.any(0))
+        ys = (own * np.arange(own.shape[0])[:, None]).sum(0)[xs] / own.sum(0)[xs]
+        slope, start = np.polyfit(xs, ys, 1)
+        if np.square(ys - start - slope * xs).mean() ** 0.5 > 0.4 + 0.06 * thickness:
+            continue
+        first = rows.start + start
+        segments.append((columns.start, columns.stop, first, first + slope * (length - 1)))
+    return sorted(segments)
+
+
+def _chains(segments: list[Segment], thickness: int, digit: float) -> list[list[Segment]]:
+    """Segments that continue one another."""
+    chains: list[list[Segment]] = []
+    most = max(10 * thickness, 2 * digit)
+    for segment in segments:
+        best, least = None, np.inf
+        for chain in chains:
+            start, stop, first, last = chain[-1]
+            gap = segment[0] - stop
+            if not -2 <= gap <= most:
+                continue
+            slope = (last - first) / (stop - start)
+            off = min(abs(last + share * slope * gap - segment[2]) for share in (0, 0.5, 1))
+            if off <= 1 + 0.3 * thickness + 0.03 * gap and off + 0.02 * gap < least:
+                best, least = chain, off + 0.02 * gap
+        if best is None:
+            chains.append([segment])
+        else:
+            best.append(segment)
+    return chains
