@@ -16,7 +16,8 @@ Mask = NDArray[np.bool_]
 _SMALL = 640  # pixels of the page's width
 _STEEPEST = 0.04  # how much a line across a small page rises, as a share of its width
 _COVERED = 0.85  # how much of such a line is inked
-_ROUNDED = 12**-0.5  # pixels that a straight line is bent, in whole pixels
+_BENT = 0.0025  # of its length: straighter lines are no chains of strokes
+_THIN = 0.62  # of a stroke's width: nor are thinner ones
 _EIGHT = np.ones((3, 3), bool)
 
 
@@ -31,8 +32,8 @@ def without_rules(mask: Mask) -> tuple[Mask, Mask]:
                 rule.paint(turned, 2)
         runs = np.minimum(runs_of(mask), runs_of(mask.T).T)[mask & ~rules]
         stroke = float(np.median(runs)) if len(runs) else np.inf
-        rules = _paint(mask, [rule for rule in across if rule.is_rule(stroke, size)])
-        rules |= _paint(mask.T, [rule for rule in down if rule.is_rule(stroke, size)]).T
+        rules = _paint(mask, [rule for rule in across if rule.is_rule(stroke)])
+        rules |= _paint(mask.T, [rule for rule in down if rule.is_rule(stroke)]).T
     if not rules.any():
         return mask, rules
     rest = mask & ~rules
@@ -79,20 +80,18 @@ class _Rule:
     """In each of these columns."""
     thickness: float
     bent: float
-    """How far it is from a parabola: the root of the mean square."""
+    """How far it is from a parabola: the root of the mean square; infinite: strokes may be as
+    straight."""
     whole: bool
     """Whether it goes across all of the page."""
 
-    def is_rule(self, stroke: float, digit: float) -> bool:
+    def is_rule(self, stroke: float) -> bool:
         """Whether it is no chain of strokes, such as the feet of zeros that are joined.
 
         Those are as thick as strokes, end before the page does, and are not quite straight.
         """
-        if self.whole or self.thickness < 0.6 * stroke:
-            return True
-        thin, long = self.thickness < 0.75 * stroke, len(self.columns) > 4 * digit
-        bent = self.bent / self.thickness
-        return (thin and bent < 0.15) or (long and bent < 0.05)
+        straight = self.bent < _BENT * len(self.columns)
+        return self.whole or straight or self.thickness < _THIN * stroke
 
     def paint(self, page: Mask, aside: int) -> None:
         """Set its pixels, and as many above and below it."""
@@ -162,7 +161,7 @@ def _straight_across(mask: Mask, runs: NDArray[np.int32], thickness: int) -> lis
         inked = [runs[(row + offset).clip(0, height - 1), place] for offset in (-1, 0, 1)]
         own = float(np.quantile(np.maximum.reduce(inked), 0.4))
         if own <= thickness:
-            rules.append(_Rule(place, heights, own, _ROUNDED, False))
+            rules.append(_Rule(place, heights, own, math.inf, False))
         aside = math.ceil(own) + 2
         shares[:, max(0, top - aside) : top + aside + 1] = 0
     return rules
