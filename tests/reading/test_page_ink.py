@@ -74,13 +74,13 @@ def test_rules_are_left_out_and_digits_are_not_cut(ink, slope):
     assert (found.mask & (ink > 0.7)).sum() > 0.9 * (ink > 0.7).sum()
 
 
-@pytest.mark.parametrize("margin", [0, 60])
-def test_grid_is_left_out(data_dir, margin):
+@pytest.mark.parametrize(("margin", "thick"), [(0, 3), (60, 3), (60, 6)])
+def test_grid_is_left_out(data_dir, margin, thick):
     ink = np.pad(ink_of(data_dir, ["1 2 3", "4 5 6"], leading=3), margin)
     page = on_paper(ink)
     lines = np.zeros(ink.shape, bool)
-    lines[::80] = lines[1::80] = lines[2::80] = True
-    lines[:, 3::90] = lines[:, 4::90] = lines[:, 5::90] = True
+    for aside in range(thick):
+        lines[aside::80] = lines[:, 3 + aside :: 90] = True
     lines &= np.pad(np.ones([side - 2 * margin for side in ink.shape], bool), margin)
     page[lines] = 60
     found = find_ink(page)
