@@ -669,6 +669,15 @@ with StopRequest() as stop:
 """
 
 
+@pytest.fixture
+def hangup_not_ignored():
+    """Also where the tests themselves run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("hangup_not_ignored")
 def test_hangup_saves_unless_it_was_ignored_at_the_start(tmp_path):
     words = [sys.executable, "-c", SIGNALLED, "obey"]
     for ignored in (False, True):
@@ -698,6 +707,7 @@ with StopRequest() as stop:
 """
 
 
+@pytest.mark.usefixtures("hangup_not_ignored")
 def test_terminal_that_closes_does_not_keep_a_run_from_saving(tmp_path):
     master, terminal = pty.openpty()
     process = subprocess.Popen(
