@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from mnist.evaluation.ink import otsu
-from mnist.reading.rules import Mask, runs_of, without_rules
+from mnist.reading.rules import Mask, widths_of, without_rules
 
 Grey = NDArray[np.floating[Any]]
 """height×width, 0 to 1."""
@@ -57,7 +57,7 @@ def find_ink(page: NDArray[np.uint8]) -> Ink:
     mask, rules = without_rules(mask)
     if fine := _finest_stroke(strength, mask):
         mask = ndimage.binary_opening(mask, np.ones((fine, fine), bool))
-    widths = np.minimum(runs_of(mask), runs_of(mask.T).T)[mask]
+    widths = widths_of(mask)[mask]
     stroke = float(np.median(widths)) if len(widths) else 0.0
     return Ink(strength, mask, rules, stroke, inverted)
 
@@ -208,6 +208,6 @@ def _finest_stroke(ink: Grey, mask: Mask) -> int:
     pattern = mask & ~ndimage.binary_dilation(strokes, _EIGHT, 2)
     if np.count_nonzero(pattern) < 0.04 * np.count_nonzero(mask) or not strokes.any():
         return 0
-    widths = np.minimum(runs_of(mask), runs_of(mask.T).T)
+    widths = widths_of(mask)
     usual = float(np.mean(widths[strokes]))
     return max(2, round(0.4 * usual)) if np.mean(widths[pattern]) < 0.45 * usual else 0

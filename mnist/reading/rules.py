@@ -5,6 +5,7 @@ Sizes are in pixels of the page, unless a name says share.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,17 +24,26 @@ _EIGHT = np.ones((3, 3), bool)
 
 def without_rules(mask: Mask) -> tuple[Mask, Mask]:
     """The mask without the lines of paper or form, and these."""
-    size = _digit_size(mask)
-    across, down = _find_rules(mask, size), _find_rules(mask.T, size)
     rules = np.zeros_like(mask)
+    if not mask.any():
+        return mask, rules
+    size = _digit_size(mask)
+    runs = runs_of(mask), runs_of(mask.T)
+    widths = np.minimum(runs[0], runs[1].T)  # as widths_of, which would count them again
+    thickness = max(2, int(np.quantile(widths[mask], 0.8) * 1.5))  # what is thicker is no rule
+    across = _find_rules(mask, runs[0], thickness, size)
+    down = _find_rules(mask.T, runs[1], thickness, size)
     if across or down:
         for turned, found in ((rules, across), (rules.T, down)):
             for rule in found:
-                rule.paint(turned, 2)
-        runs = np.minimum(runs_of(mask), runs_of(mask.T).T)[mask & ~rules]
-        stroke = float(np.median(runs)) if len(runs) else np.inf
-        rules = _paint(mask, [rule for rule in across if rule.is_rule(stroke)])
-        rules |= _paint(mask.T, [rule for rule in down if rule.is_rule(stroke)]).T
+                turned[rule.pixels(len(turned), 2)] = True
+        others = widths[mask & ~rules]
+        stroke = float(np.median(others)) if len(others) else np.inf
+        across, down = (
+            [rule for rule in found if rule.is_rule(stroke)] for found in (across, down)
+        )
+        rules = _paint(mask & (runs[0] <= thickness), runs[0], across)
+        rules |= _paint(mask.T & (runs[1] <= thickness), runs[1], down).T
     if not rules.any():
         return mask, rules
     rest = mask & ~rules
@@ -56,6 +66,12 @@ def runs_of(mask: Mask) -> NDArray[np.int32]:
     runs = np.zeros((width, height), np.int32)
     runs[columns] = np.repeat(lengths, lengths)
     return runs.T
+
+
+def widths_of(mask: Mask) -> NDArray[np.int32]:
+    """About how wide the stroke is that each inked pixel lies in: its shorter run."""
+    result: NDArray[np.int32] = np.minimum(runs_of(mask), runs_of(mask.T).T)
+    return result
 
 
 def _digit_size(mask: Mask) -> float:
@@ -93,27 +109,27 @@ class _Rule:
         straight = self.bent < _BENT * len(self.columns)
         return self.whole or straight or self.thickness < _THIN * stroke
 
-    def paint(self, page: Mask, aside: int) -> None:
-        """Set its pixels, and as many above and below it."""
-        for offset in range(-aside, aside + 1):
-            row = np.rint(self.heights + offset).astype(int)
-            inside = (row >= 0) & (row < len(page))
-            page[row[inside], self.columns[inside]] = True
+    def pixels(self, height: int, aside: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Rows and columns of what lies on it, and so many pixels above it and below it, on a page
+        of that height."""
+        aside_of = np.arange(-aside, aside + 1)[:, None]
+        rows = np.rint(self.heights + aside_of).astype(np.int64)
+        columns = np.broadcast_to(self.columns, rows.shape)
+        inside = (rows >= 0) & (rows < height)
+        return rows[inside], columns[inside]
 
 
-def _find_rules(mask: Mask, digit: float) -> list[_Rule]:
+def _find_rules(mask: Mask, runs: NDArray[np.int32], thickness: int, digit: float) -> list[_Rule]:
     """Thin lines that go across much of the page, nearly straight and level.
 
     Args:
         mask: where there is ink.
+        runs: of it, up and down.
+        thickness: of the thickest line that may be one.
         digit: about how high digits are.
     """
-    height, width = mask.shape
-    if not mask.any():
-        return []
+    width = mask.shape[1]
     rules = []
-    runs = runs_of(mask)
-    thickness = _thickness(mask, runs)
     thin = mask & (runs <= thickness)
     for chain in _chains(_segments(thin, thickness), thickness, digit):
         left, right = chain[0][0], chain[-1][1]
@@ -126,10 +142,10 @@ def _find_rules(mask: Mask, digit: float) -> list[_Rule]:
         ys = np.array([y for _, _, first, last in chain for y in (first, last)])
         place = np.arange(left, right)
         middle = np.interp(place, xs, ys)
-        near = [np.rint(middle + offset).astype(int).clip(0, height - 1) for offset in (-1, 0, 1)]
-        if np.mean(mask[near[0], place] | mask[near[1], place] | mask[near[2], place]) < 0.85:
+        if np.mean(_most_near(mask, place, middle)) < 0.85:
             continue  # feet of digits that stand in a line
-        own = float(np.median(runs[near[1], place][thin[near[1], place]]))
+        row = np.rint(middle).astype(int).clip(0, len(mask) - 1)
+        own = float(np.median(runs[row, place][thin[row, place]]))
         curve = np.polyval(np.polyfit(xs, ys, 2 if len(xs) > 4 else 1), xs)
         bent = float(np.square(curve - ys).mean() ** 0.5)
         place, middle = _extended(mask, xs, ys)
@@ -157,9 +173,7 @@ def _straight_across(mask: Mask, runs: NDArray[np.int32], thickness: int) -> lis
     while shares.max() >= _COVERED:
         slope, top = np.unravel_index(shares.argmax(), shares.shape)
         heights = top + (slope - steps) * (place / width - 0.5)
-        row = np.rint(heights).astype(int).clip(0, height - 1)
-        inked = [runs[(row + offset).clip(0, height - 1), place] for offset in (-1, 0, 1)]
-        own = float(np.quantile(np.maximum.reduce(inked), 0.4))
+        own = float(np.quantile(_most_near(runs, place, heights), 0.4))
         if own <= thickness:
             rules.append(_Rule(place, heights, own, math.inf, False))
         aside = math.ceil(own) + 2
@@ -167,22 +181,23 @@ def _straight_across(mask: Mask, runs: NDArray[np.int32], thickness: int) -> lis
     return rules
 
 
-def _thickness(mask: Mask, runs: NDArray[np.int32]) -> int:
-    """A line that is thicker is no rule."""
-    return max(2, int(np.quantile(np.minimum(runs, runs_of(mask.T).T)[mask], 0.8) * 1.5))
+def _most_near(
+    values: NDArray[Any], columns: NDArray[np.int64], heights: NDArray[np.float64]
+) -> NDArray[Any]:
+    """Along a line, the highest value on it, a pixel above it or one below."""
+    rows = [np.rint(heights + aside).astype(int).clip(0, len(values) - 1) for aside in (-1, 0, 1)]
+    result: NDArray[Any] = np.maximum.reduce([values[row, columns] for row in rows])
+    return result
 
 
-def _paint(mask: Mask, rules: list[_Rule]) -> Mask:
-    """What of the ink belongs to rules and to no stroke that crosses them."""
-    lines = np.zeros_like(mask)
+def _paint(thin: Mask, runs: NDArray[np.int32], rules: list[_Rule]) -> Mask:
+    """What of the thin ink belongs to rules and to no stroke that crosses them."""
+    lines = np.zeros_like(thin)
     if not rules:
         return lines
-    runs = runs_of(mask)
-    thin = mask & (runs <= _thickness(mask, runs))
     for rule in rules:
-        band = np.zeros_like(mask)
-        rule.paint(band, math.ceil(rule.thickness / 2) + 1)
-        lines |= band & thin & (runs <= rule.thickness + 1)
+        at = rule.pixels(len(thin), math.ceil(rule.thickness / 2) + 1)
+        lines[at] |= thin[at] & (runs[at] <= rule.thickness + 1)
     widest = max(rule.thickness for rule in rules)
     whole = np.ones((3, 1), bool)
     grown: Mask = ndimage.binary_propagation(lines, whole, thin & (runs <= widest + 1))
@@ -193,7 +208,7 @@ def _extended(
     mask: Mask, xs: NDArray[np.int64], ys: NDArray[np.float64]
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """The columns of a line and its height in each, as far as there is ink where it would go on."""
-    height, width = mask.shape
+    width = mask.shape[1]
     place = np.arange(width)
     middle = np.interp(place, xs, ys)
     few = max(2, len(xs) // 4)
@@ -201,8 +216,7 @@ def _extended(
         slope = np.polyfit(xs[ends], ys[ends], 1)[0]
         at = xs[0] if ends.start == 0 else xs[-1]
         middle[outside] = middle[at] + slope * (place[outside] - at)
-    near = [np.rint(middle + offset).astype(int).clip(0, height - 1) for offset in (-1, 0, 1)]
-    inked = mask[near[0], place] | mask[near[1], place] | mask[near[2], place]
+    inked = _most_near(mask, place, middle)
     gaps = np.flatnonzero(~inked & ((place < xs[0]) | (place > xs[-1])))
     left = gaps[gaps < xs[0]].max(initial=-1) + 1
     right = gaps[gaps > xs[-1]].min(initial=width)

@@ -114,12 +114,16 @@ def _rings(middle: Points, radii: Points, thickness: NDArray[np.float64]) -> Ink
     return result
 
 
+def _twos(digits: Originals, rng: Generator, count: int, looped: float) -> Ink:
+    """2s, a share of them with a loop where they turn to the right."""
+    with_loop = looped_twos(digits, rng, count)
+    chosen = (rng.random(count) < looped)[:, None, None]
+    return np.where(chosen, with_loop, digits.draw(rng, np.full(count, 2)))
+
+
 def curled_twos(digits: Originals, rng: Generator, count: int) -> Ink:
     """A 2 that begins with a curl, and may have a loop where it turns to the right as well."""
-    looped = looped_twos(digits, rng, count)
-    ink = np.where(
-        (rng.random(count) < 0.5)[:, None, None], looped, digits.draw(rng, np.full(count, 2))
-    )
+    ink = _twos(digits, rng, count, looped=0.5)
     start = end(ink, lambda place: -place[..., 0] - 1.5 * place[..., 1])
     radii = rng.uniform(1.5, 3.5, (count, 2))
     return np.maximum(ink, _rings(start + radii * [0.5, 0.8], radii, radius_of(ink)))
@@ -127,10 +131,7 @@ def curled_twos(digits: Originals, rng: Generator, count: int) -> Ink:
 
 def closed_twos(digits: Originals, rng: Generator, count: int) -> Ink:
     """A 2 whose head is a closed loop, like that of a 9; its foot may have a loop as well."""
-    looped = looped_twos(digits, rng, count)
-    ink = np.where(
-        (rng.random(count) < 0.3)[:, None, None], looped, digits.draw(rng, np.full(count, 2))
-    )
+    ink = _twos(digits, rng, count, looped=0.3)
     rows = (ink > 0).any(2)
     top, bottom = rows.argmax(1), SIZE - np.flip(rows, 1).argmax(1)
     start = end(ink, lambda place: -place[..., 0] - 1.5 * place[..., 1])
@@ -184,20 +185,24 @@ def footed_zeros(digits: Originals, rng: Generator, count: int) -> Ink:
     return _with(opened, right, polar(lengths[1], rng.uniform(-20, 30, count)), rng)
 
 
+def _farthest(ink: Ink, degrees: NDArray[np.float64]) -> Points:
+    """The inked pixel of each that is farthest in these directions; 0 degrees is to the right, 90
+    down."""
+    radians = np.radians(degrees)
+    down, right = np.sin(radians)[:, None, None], np.cos(radians)[:, None, None]
+    return end(ink, lambda place: down * place[..., 0] + right * place[..., 1])
+
+
 def tailed_zeros(digits: Originals, rng: Generator, count: int) -> Ink:
     """A 0, often low, with a stroke out of it to the right, or into it from the left, as zeros have
     that are joined."""
     ink = digits.draw(rng, np.full(count, 0))
     rows = (np.arange(SIZE) - SIZE / 2) / rng.uniform(0.5, 1, (count, 1)) + SIZE / 2
     ink = np.take_along_axis(ink, rows.round().clip(0, SIZE - 1).astype(int)[..., None], 1)
-    radians = np.radians(rng.uniform(-85, 45, count))
-    down, right = np.sin(radians)[:, None, None], np.cos(radians)[:, None, None]
-    leaves = end(ink, lambda place: down * place[..., 0] + right * place[..., 1])
+    leaves = _farthest(ink, rng.uniform(-85, 45, count))
     out = polar(rng.uniform(2, 9, count), rng.uniform(-30, 25, count))
     tailed = _with(ink, leaves, out, rng)
-    radians = np.radians(rng.uniform(100, 240, count))
-    down, right = np.sin(radians)[:, None, None], np.cos(radians)[:, None, None]
-    enters = end(ink, lambda place: down * place[..., 0] + right * place[..., 1])
+    enters = _farthest(ink, rng.uniform(100, 240, count))
     into = polar(rng.uniform(2, 7, count) * (rng.random(count) < 0.4), rng.uniform(150, 215, count))
     return _with(tailed, enters, into, rng)
 
