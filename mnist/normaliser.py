@@ -117,8 +117,9 @@ def _boxes(
     boxes = np.zeros((len(inks), 4), np.int64)
     for index, ink in enumerate(inks):
         found = ink if masks is None else ink * masks[index]
-        extents = [_extent(np.any(found, axis)[None]) for axis in (1, 0)]
-        boxes[index] = [extent[part][0] for part in (0, 1) for extent in extents]
+        rows, columns = (np.flatnonzero(found.any(axis)) for axis in (1, 0))
+        if len(rows):
+            boxes[index] = rows[0], columns[0], rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1
     return boxes
 
 
@@ -181,12 +182,8 @@ def _paste(
     chosen: NDArray[np.int64],
 ) -> None:
     """Write n×20×20 into those of the images that are chosen; what would lie outside is lost."""
-    size = IMAGE_SHAPE[0]
-    for down, right in np.unique(places, axis=0).tolist():
-        here = (places == (down, right)).all(1)
-        inside = [slice(max(0, -o), min(INK_SIZE, size - o)) for o in (down, right)]
-        onto = [
-            slice(o + part.start, o + part.stop)
-            for o, part in zip((down, right), inside, strict=True)
-        ]
-        images[chosen[here], onto[0], onto[1]] = digits[here, inside[0], inside[1]]
+    size, margin = IMAGE_SHAPE[0], INK_SIZE
+    canvas = np.zeros((len(digits), size + 2 * margin, size + 2 * margin), np.uint8)
+    rows, columns = (margin + places.T)[:, :, None] + np.arange(INK_SIZE)
+    canvas[np.arange(len(digits))[:, None, None], rows[:, :, None], columns[:, None]] = digits
+    images[chosen] = canvas[:, margin : margin + size, margin : margin + size]

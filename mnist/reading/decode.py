@@ -4,6 +4,7 @@ Every run of neighbouring pieces may be a digit, every piece may be no digit. Wa
 weighed by what the network says of each digit, and by size, cuts and gaps.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,10 +93,30 @@ class Found:
     box: tuple[int, int, int, int]
 
 
-def candidates(line: Line) -> Candidates:
-    """All runs of pieces that are neither too wide nor too low."""
+def candidates(lines: Sequence[Line]) -> list[Candidates]:
+    """Of each line all runs of pieces that are neither too wide nor too low."""
+    crops: list[NDArray[np.uint8]] = []
+    found = [_runs(line, crops) for line in lines]
+    images = normalise_digits(crops).images if crops else np.zeros((0, *IMAGE_SHAPE), np.uint8)
+    stops = np.cumsum([len(runs) for runs, _, _ in found]).tolist()
+    return [
+        Candidates(
+            np.array(runs, np.int64).reshape(-1, 2),
+            np.array(unions, np.int64).reshape(-1, 4),
+            np.array(gaps),
+            images[stop - len(runs) : stop],
+        )
+        for (runs, unions, gaps), stop in zip(found, stops, strict=True)
+    ]
+
+
+def _runs(
+    line: Line, crops: list[NDArray[np.uint8]]
+) -> tuple[list[tuple[int, int]], list[NDArray[np.int64]], list[float]]:
+    """Runs of pieces, what surrounds each, and the ground within it; their ink is appended to
+    ``crops``."""
     boxes, height = line.boxes, line.digit_height
-    runs, unions, gaps, crops = [], [], [], []
+    runs, unions, gaps = [], [], []
     count = len(boxes)
     for first in range(count):
         box, gap = boxes[first].copy(), 0.0
@@ -114,13 +135,7 @@ def candidates(line: Line) -> Candidates:
             part = slice(max(0, box[0] - 1), box[2] + 1), slice(max(0, box[1] - 1), box[3] + 1)
             pieces = line.pieces[part]
             crops.append(line.ink[part] * ((pieces > first) & (pieces <= stop)))
-    images = normalise_digits(crops).images if crops else np.zeros((0, *IMAGE_SHAPE), np.uint8)
-    return Candidates(
-        np.array(runs, np.int64).reshape(-1, 2),
-        np.array(unions, np.int64).reshape(-1, 4),
-        np.array(gaps),
-        images,
-    )
+    return runs, unions, gaps
 
 
 def _scores(

@@ -5,6 +5,7 @@ digits are about ``DIGIT_HEIGHT`` high, or lower where the page has no more.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -245,15 +246,17 @@ Cut = tuple[float, NDArray[np.int64]]
 
 def _cuts(own: Mask, digit_height: float) -> list[Cut]:
     """Ways from the top of a mark to its bottom that may part digits, from left to right."""
-    apart = max(1.5, _CUT_APART * digit_height)
+    apart = max(1.5, _CUT_APART * digit_height) * len(own)
     most = max(2, round(_CUTS_PER_WIDTH * own.shape[1] / digit_height))
     chosen: list[Cut] = []
-    for ways in (_between_valleys(own, digit_height), _through_little_ink(own, digit_height)):
-        for ink, path in ways:
+    paths = np.zeros((most, len(own)), np.int64)
+    for find in (_between_valleys, _through_little_ink):
+        for ink, path in find(own, digit_height) if len(chosen) < most else ():
+            if (np.abs(paths[: len(chosen)] - path).sum(1) >= apart).all():
+                paths[len(chosen)] = path
+                chosen.append((ink, path))
             if len(chosen) == most:
                 break
-            if all(np.abs(path - other).mean() >= apart for _, other in chosen):
-                chosen.append((ink, path))
     return sorted(chosen, key=lambda cut: float(cut[1].mean()))
 
 
@@ -283,11 +286,9 @@ def _between_valleys(own: Mask, digit_height: float) -> list[Cut]:
 def _through_little_ink(own: Mask, digit_height: float) -> list[Cut]:
     """Ways through the least ink, the least of all first."""
     height, width = own.shape
-    cost = own.astype(np.float64)
     middle = height // 2
-    above, up = _cheapest(cost[: middle + 1])
-    below, down = _cheapest(cost[middle:][::-1])
-    total = above + below - cost[middle]
+    above, below = _cheapest(own[: middle + 1]), _cheapest(own[middle:][::-1])
+    total = above[-1] + below[-1] - own[middle]
     margin = max(2, round(0.1 * digit_height))
     apart = max(2.0, _CUT_APART * digit_height)
     chosen: list[int] = []
@@ -296,33 +297,35 @@ def _through_little_ink(own: Mask, digit_height: float) -> list[Cut]:
             break
         if all(abs(x - other) >= apart for other in chosen):
             chosen.append(x)
-    cuts = []
-    for x in chosen:
-        path = np.zeros(height, np.int64)
-        path[middle] = at = x
-        for row in range(middle, 0, -1):
-            at += up[row, at]
-            path[row - 1] = at
-        at = x
-        for row in range(len(down) - 1, 0, -1):
-            at += down[row, at]
-            path[height - row] = at
-        cuts.append((float(total[x]), path))
-    return cuts
+    if not chosen:
+        return []
+    ways = np.concatenate([_ways(above, chosen), _ways(below, chosen)[-2::-1]]).T
+    return [(float(total[x]), path) for x, path in zip(chosen, ways, strict=True)]
 
 
-def _cheapest(cost: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """The least ink on a way from the first row to each pixel of the last one, and the steps back:
-    to the column in the row before."""
-    rows, width = cost.shape
-    steps = np.zeros((rows, width), np.int64)
-    total = cost[0].copy()
-    for row in range(1, rows):
-        options = np.full((3, width), np.inf)
-        options[0, 1:] = total[:-1] + _SIDEWAYS
-        options[1] = total
-        options[2, :-1] = total[1:] + _SIDEWAYS
-        which = options.argmin(0)
-        steps[row] = which - 1
-        total = options[which, np.arange(width)] + cost[row]
-    return total, steps
+def _cheapest(own: Mask) -> NDArray[np.float64]:
+    """The least ink on a way from the first row to each pixel."""
+    total = own.astype(np.float64)
+    for above, row in pairwise(total):
+        least = above.copy()
+        np.minimum(least[1:], above[:-1] + _SIDEWAYS, out=least[1:])
+        np.minimum(least[:-1], above[1:] + _SIDEWAYS, out=least[:-1])
+        row += least
+    return total
+
+
+def _ways(total: NDArray[np.float64], last: list[int]) -> NDArray[np.int64]:
+    """The columns, in each row, of the cheapest ways that end in these of the last one."""
+    from_left, straight, from_right = options = np.full((3, *total.shape), np.inf)
+    from_left[:, 1:] = total[:, :-1] + _SIDEWAYS
+    straight[:] = total
+    from_right[:, :-1] = total[:, 1:] + _SIDEWAYS
+    steps = (options[:, -2::-1].argmin(0) - 1).tolist()
+    ways = []
+    for at in last:
+        way = [at]
+        for step in steps:
+            at += step[at]
+            way.append(at)
+        ways.append(way[::-1])
+    return np.array(ways).T

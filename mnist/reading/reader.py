@@ -189,16 +189,16 @@ def _success(page: Page) -> _Success:
 
 def _read(inks: Sequence[Ink], zooms: Sequence[float], score: Scorer) -> list[Page]:
     lines = [find_lines(ink) for ink in inks]
-    found = [[candidates(line) for line in of_page] for of_page in lines]
-    images = [one.images for of_page in found for one in of_page]
+    found = candidates([line for of_page in lines for line in of_page])
+    images = [runs.images for runs in found]
     logs = score(np.concatenate(images)) if images else np.zeros((0, 10))
-    pages, start = [], 0
-    for ink, zoom, of_page, runs in zip(inks, zooms, lines, found, strict=True):
+    of_lines = iter(zip(found, np.split(logs, np.cumsum([len(one) for one in images])), strict=False))
+    pages = []
+    for ink, zoom, of_page in zip(inks, zooms, lines, strict=True):
         texts, others = [], []
-        for line, one in zip(of_page, runs, strict=True):
-            stop = start + len(one.images)
-            numbers, marks = _numbers(line, decode(line, one, logs[start:stop]), zoom)
-            start = stop
+        for line in of_page:
+            runs, own = next(of_lines)
+            numbers, marks = _numbers(line, decode(line, runs, own), zoom)
             others += marks
             if numbers:
                 texts.append(TextLine(numbers))
