@@ -1,5 +1,6 @@
 """Users' image files, decoded: upright, in 8 bits, on an opaque ground, in bounded memory."""
 
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -73,7 +74,9 @@ def decode_frames(
                         raise InputError(
                             f"{path}: expected at most 200 megapixels, found {width}×{height}"
                         )
-                    image.draft(None, (longest, longest))  # JPEG is decoded in part
+                    smaller = longest / max(width, height)
+                    # JPEG is decoded in part.
+                    image.draft(None, (math.ceil(smaller * width), math.ceil(smaller * height)))
                     orientation = image.getexif().get(_ORIENTATION, 1) if upright else 1
                     pixels = _in_8_bits(image, path, longest)
         except InputError:
@@ -103,7 +106,9 @@ def _in_8_bits(image: "Image.Image", path: Path, longest: int) -> NDArray[np.uin
     if image.mode in ("I", "F"):
         raise InputError(f"{path}: expected 8 or 16 bits per pixel, found 32")
     transparent = image.has_transparency_data
-    image = image.convert("RGBA" if transparent else "L" if image.mode in ("1", "L") else "RGB")
+    mode = "RGBA" if transparent else "L" if image.mode in ("1", "L") else "RGB"
+    if image.mode != mode:
+        image = image.convert(mode)
     image.thumbnail((longest, longest), PillowImage.Resampling.BOX)  # with transparency weighed
     if transparent:
         return _on_ground(np.asarray(image), np.asarray(image.convert("L")))

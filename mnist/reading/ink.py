@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from mnist.evaluation.ink import otsu
-from mnist.reading.rules import Mask, widths_of, without_rules
+from mnist.reading.rules import Mask, grown, widths_of, without_rules
 
 Grey = NDArray[np.floating[Any]]
 """height×width, 0 to 1."""
@@ -48,11 +48,12 @@ def find_ink(page: NDArray[np.uint8]) -> Ink:
     Args:
         page: height×width, or height×width×3.
     """
-    values = page.astype(np.float32) / 255
-    inverted = not _is_ink_dark(values if values.ndim == 2 else values.mean(2))
+    planes = [page] if page.ndim == 2 else np.moveaxis(page, 2, 0)
+    channels = [plane.astype(np.float32) / 255 for plane in planes]
+    inverted = not _is_ink_dark(channels)
     if inverted:
-        values = 1 - values
-    strength = _strength(values)
+        channels = [1 - channel for channel in channels]
+    strength = _strength(channels)
     mask = _mask(strength)
     mask, rules = without_rules(mask)
     if fine := _finest_stroke(strength, mask):
@@ -65,9 +66,9 @@ def find_ink(page: NDArray[np.uint8]) -> Ink:
 # --------------------------------------------------------------------------- ground and polarity
 
 
-def _is_ink_dark(grey: Grey) -> bool:
+def _is_ink_dark(channels: list[Grey]) -> bool:
     """Whether what is rare is darker than what surrounds it, in most places."""
-    small = _reduced(grey, _COARSE)
+    small = np.mean([_reduced(channel, _COARSE) for channel in channels], 0)
     tile = min(_TILE, *small.shape)
     rows, columns = (side // tile for side in small.shape)
     tiles = small[: rows * tile, : columns * tile].reshape(rows, tile, columns, tile)
@@ -86,15 +87,17 @@ def _reduced(values: Grey, longest: int) -> Grey:
     return result
 
 
-def _strength(values: Grey) -> Grey:
-    """How much darker than the ground around it each pixel is, of height×width or ×3."""
-    channels = [values] if values.ndim == 2 else [values[..., index] for index in range(3)]
+def _strength(channels: list[Grey]) -> Grey:
+    """How much darker than the ground around it each pixel is, of one channel or three."""
+    shape = channels[0].shape
     coarse = [_reduced(channel, _COARSE) for channel in channels]
-    size = _scale(coarse[0] if len(coarse) == 1 else np.min(coarse, 0), values.shape[:2])
+    size = _scale(np.min(coarse, 0), shape)
     inks = []
     for channel, small in zip(channels, coarse, strict=True):
-        ground = np.maximum(_enlarged(_ground(small, size), channel.shape), 0.02)
-        inks.append((1 - channel / ground).clip(0, 1))
+        ink = np.maximum(_enlarged(_ground(small, size), shape), 0.02)
+        np.divide(channel, ink, out=ink)
+        np.subtract(1, ink, out=ink)
+        inks.append(ink.clip(0, 1, out=ink))
     if len(inks) == 1:
         return inks[0]
     shown = [_strongest(ink) / (_noise_of(ink)[1] + 0.02) for ink in inks]
@@ -205,7 +208,7 @@ def _finest_stroke(ink: Grey, mask: Mask) -> int:
     if not mask.any():
         return 0
     strokes = mask & (ink > otsu(ink[mask]))
-    pattern = mask & ~ndimage.binary_dilation(strokes, _EIGHT, 2)
+    pattern = mask & ~grown(strokes, 2, 2)
     if np.count_nonzero(pattern) < 0.04 * np.count_nonzero(mask) or not strokes.any():
         return 0
     widths = widths_of(mask)

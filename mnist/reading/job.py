@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import math
 import os
 import sys
 import time
@@ -23,17 +24,19 @@ from mnist.evaluation.job import Weights, find_weights, refuse_missing
 from mnist.evaluation.report import staging
 from mnist.evaluation.scoring import predict
 from mnist.model import MLP, Doubt, load_model
+from mnist.pictures import Frame
 from mnist.reading.config import ReadConfig
-from mnist.reading.page import Shown, most_urgent, render_page, show
+from mnist.reading.page import MOST_SHOWN, Shown, most_urgent, render_page, show, urgency
 from mnist.reading.photo import find_photos, load_pages
-from mnist.reading.reader import read_pages
+from mnist.reading.reader import Scorer, read_pages
 from mnist.reading.readings import ACCEPTED, describe, is_ours, scored, write_rows
 from mnist.reading.truth import Score, read_truth
 from mnist.runs.checkpoint import enclosing_checkpoint
 from mnist.runs.environment import environment
 from mnist.system import flush_to_disk, sha256, write_file
 
-_ROUND = 8  # files that a process reads between two words with the others
+_ROUND = 16  # files that a process reads between two words with the others
+_TOGETHER = 4_000_000  # pixels of pages that are read in one batch: one large photo, or many crops
 _COUNTED = (
     "files", "files_read", "files_error", "files_without", "pages", "numbers", "accepted",
     "doubtful", "rejected", "digits", "digits_accepted",
@@ -153,10 +156,8 @@ def _read_share(model: MLP, photos: list[Path], world: World, aside: Path) -> No
             ours = [index for index in own if start <= index < start + _ROUND * world.size]
 
             def read_some(indices: list[int] = ours) -> int:
-                for index in indices:
-                    record, shown = _read_one(photos[index], index, model.doubt, score)
+                for record in _read_some(photos, indices, model.doubt, score, kept):
                     part.write(json.dumps(record) + "\n")
-                    kept[:] = most_urgent([*kept, *shown])
                 return len(indices)
 
             bar.update(sum(world.from_all(read_some, prepares=True)))
@@ -164,23 +165,38 @@ def _read_share(model: MLP, photos: list[Path], world: World, aside: Path) -> No
     world.from_all(lambda: None, prepares=True)
 
 
-def _read_one(
-    photo: Path, index: int, doubt: Doubt | None, score: Any
-) -> tuple[dict[str, Any], list[Shown]]:
-    """The record of a file, and its pages to be shown."""
-    pages: list[dict[str, Any]] = []
-    shown: list[Shown] = []
-    error = None
-    try:
-        for number, frame in enumerate(load_pages(photo)):
-            (page,) = read_pages([frame], score)
-            pages.append(describe(page, doubt))
-            shown.append(show(page, frame, pages[-1], (index, number)))
-    except InputError as damaged:
-        error = str(damaged).removeprefix(f"{photo}: ")
-    record = {"file": os.fsdecode(photo), "pages": pages, "error": error}
-    record["sha256"] = sha256(photo) if error is None else None
-    return record, shown
+def _read_some(
+    photos: list[Path], indices: list[int], doubt: Doubt | None, score: Scorer, kept: list[Shown]
+) -> list[dict[str, Any]]:
+    """The record of each of these files; pages that need a look more than those that are kept to be
+    shown take their place."""
+    records: list[dict[str, Any]] = [
+        {"file": os.fsdecode(photos[index]), "pages": [], "error": None} for index in indices
+    ]
+    waiting: list[tuple[int, Frame]] = []
+
+    def read_waiting() -> None:
+        pages = read_pages([frame for _, frame in waiting], score)
+        for (which, frame), page in zip(waiting, pages, strict=True):
+            described = describe(page, doubt)
+            place = indices[which], len(records[which]["pages"])
+            records[which]["pages"].append(described)
+            if len(kept) < MOST_SHOWN or urgency(page, described) > kept[-1].urgency:
+                kept[:] = most_urgent([*kept, show(page, frame, described, place)])
+        waiting.clear()
+
+    for which, index in enumerate(indices):
+        record = records[which]
+        try:
+            for frame in load_pages(photos[index]):
+                waiting.append((which, frame))
+                if sum(math.prod(frame.pixels.shape[:2]) for _, frame in waiting) > _TOGETHER:
+                    read_waiting()
+        except InputError as damaged:
+            record["error"] = str(damaged).removeprefix(f"{photos[index]}: ")
+        record["sha256"] = sha256(photos[index]) if record["error"] is None else None
+    read_waiting()
+    return records
 
 
 def _progress(total: int, world: World) -> "tqdm[Any]":

@@ -35,11 +35,22 @@ class Shown:
     page: int
     """Which page of that file, from 0."""
     urgency: float
-    """How much it needs a look: the doubt of its most doubtful digit, and 1 more for a warning."""
     picture: str
     """Of the page, as a data URI: encoded anew, without what a camera writes into a file."""
     digits: list[str]
     """What the network saw, as data URIs, in reading order."""
+
+
+def urgency(page: Page, described: dict[str, Any]) -> float:
+    """How much a page needs a look: the doubt of its most doubtful digit, and 1 more for a warning.
+
+    Args:
+        page: what was read.
+        described: the same as in ``readings.json``.
+    """
+    digits = (digit for line in page.lines for number in line.numbers for digit in number.digits)
+    doubt = max((1 - digit.confidence for digit in digits), default=0.5)
+    return doubt + bool(described["warnings"])
 
 
 def show(page: Page, frame: Frame, described: dict[str, Any], place: tuple[int, int]) -> Shown:
@@ -52,12 +63,10 @@ def show(page: Page, frame: Frame, described: dict[str, Any], place: tuple[int, 
         place: which file, and which page of it.
     """
     digits = [d for line in page.lines for number in line.numbers for d in number.digits]
-    urgency = max((1 - digit.confidence for digit in digits), default=0.5)
     images = [_data_uri(255 - digit.image, "PNG") for digit in digits[:_MOST_DIGITS]]
     pixels = np.rot90(frame.pixels, page.turned)
-    return Shown(
-        *place, urgency + bool(described["warnings"]), _data_uri(_reduced(pixels), "JPEG"), images
-    )
+    picture = _data_uri(_reduced(pixels), "JPEG")
+    return Shown(*place, urgency(page, described), picture, images)
 
 
 def most_urgent(shown: Iterable[Shown]) -> list[Shown]:

@@ -11,7 +11,7 @@ from mnist.pictures import IMAGE_SUFFIXES, Frame, count_frames, decode_frames
 if TYPE_CHECKING:
     from PIL import Image
 
-LONGEST = 2048
+LONGEST = 2000
 """Pixels of the longer side of a page, to which larger ones are reduced: of a sheet of A4 with
 digits of 4 mm these are 28 high."""
 

@@ -192,7 +192,9 @@ def _read(inks: Sequence[Ink], zooms: Sequence[float], score: Scorer) -> list[Pa
     found = candidates([line for of_page in lines for line in of_page])
     images = [runs.images for runs in found]
     logs = score(np.concatenate(images)) if images else np.zeros((0, 10))
-    of_lines = iter(zip(found, np.split(logs, np.cumsum([len(one) for one in images])), strict=False))
+    of_lines = iter(
+        zip(found, np.split(logs, np.cumsum([len(one) for one in images])), strict=False)
+    )
     pages = []
     for ink, zoom, of_page in zip(inks, zooms, lines, strict=True):
         texts, others = [], []

@@ -48,7 +48,7 @@ def without_rules(mask: Mask) -> tuple[Mask, Mask]:
         return mask, rules
     rest = mask & ~rules
     marks, count = ndimage.label(rest, _EIGHT)
-    near = ndimage.binary_dilation(rules, _EIGHT, 2) & rest
+    near = grown(rules, 2, 2) & rest
     areas, touching = (np.bincount(marks[part], minlength=count + 1) for part in (rest, near))
     kept = touching <= 0.6 * areas  # the rest are crossings, and edges of rules
     kept[0] = False
@@ -72,6 +72,18 @@ def widths_of(mask: Mask) -> NDArray[np.int32]:
     """About how wide the stroke is that each inked pixel lies in: its shorter run."""
     result: NDArray[np.int32] = np.minimum(runs_of(mask), runs_of(mask.T).T)
     return result
+
+
+def grown(mask: Mask, down: int, aside: int) -> Mask:
+    """The mask, so many pixels larger up and down, and to both sides: faster than
+    ``binary_dilation``."""
+    mask = mask.copy()
+    for turned, pixels in ((mask, down), (mask.T, aside)):
+        for _ in range(pixels):
+            before = turned.copy()
+            turned[1:] |= before[:-1]
+            turned[:-1] |= before[1:]
+    return mask
 
 
 def _digit_size(mask: Mask) -> float:
@@ -160,7 +172,7 @@ def _straight_across(mask: Mask, runs: NDArray[np.int32], thickness: int) -> lis
     """Straight lines from one side of a small page to the other: digits that stand close together
     on one leave too little of it between them for a chain."""
     height, width = mask.shape
-    near = ndimage.binary_dilation(mask, np.ones((3, 1), bool))
+    near = grown(mask, 1, 0)
     steps = math.floor(_STEEPEST * width)
     padded = np.pad(near, ((steps, steps), (0, 0)))
     place = np.arange(width)
@@ -232,7 +244,7 @@ Segment = tuple[int, int, float, float]
 def _segments(thin: Mask, thickness: int) -> list[Segment]:
     """Straight bits of thin lines, from left to right, each at most a block wide."""
     block = max(12, 3 * thickness)
-    flat = ndimage.binary_dilation(thin, np.ones((3, 1), bool))
+    flat = grown(thin, 1, 0)
     level = runs_of(flat.T).T
     flat = thin & (level >= block)
     flat[:, ::block] = False

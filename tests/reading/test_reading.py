@@ -246,11 +246,11 @@ def test_pages_of_large_photos_are_reduced_and_boxes_are_not(tmp_path, read, dat
     ink = ink_of(data_dir, ["12345678"], height=500)
     Image.fromarray(on_paper(ink)).save(tmp_path / "large.png")
     (frame,) = load_pages(tmp_path / "large.png")
-    assert max(frame.pixels.shape) <= 2048 < max(frame.size)
+    assert max(frame.pixels.shape) <= 2000 < max(frame.size)
     found = digits(
         read_pages([frame], lambda images: np.log(np.full((len(images), 10), 0.1)))[0]
     ) or digits(read(on_paper(ink)))
-    assert max(d.box[0] for d in found) > 2048
+    assert max(d.box[0] for d in found) > 2000
 
 
 @pytest.mark.parametrize(
