@@ -30,34 +30,34 @@ class Weights:
     """What ways through a line cost, as logarithms of probabilities: chosen on development
     images."""
 
-    cut: float = 0.24
+    cut: float = 0.174
     """Of a cut before a digit or after it."""
-    loop: float = 0.35
+    loop: float = 0.183
     """More of a cut through two strokes or more, as through a loop."""
-    gap: float = 6.6
+    gap: float = 18.0
     """Of a digit height of ground within a digit, from side to side."""
-    dot: float = 1.06
+    dot: float = 1.08
     """Of a small mark of its own within a digit."""
-    broad: float = 0.87
+    broad: float = 0.837
     """Digit heights that a digit may be wide for nothing."""
-    wide: float = 2.66
+    wide: float = 1.98
     """Of each digit height more."""
-    low: float = 0.95
+    low: float = 1.45
     """Of each digit height that a digit is lower than 0.8."""
-    aside: float = 36.0
+    aside: float = 11.1
     """Of each digit height by which its middle is above or below that of its neighbours, beyond
     a quarter."""
-    each: float = 0.71
+    each: float = 0.722
     """Of any digit."""
-    none: float = 0.93
+    none: float = 0.888
     """Of a piece that is no digit, however small."""
-    none_size: float = 2.14
+    none_size: float = 1.97
     """More of it, by height and width above a third of a digit's height, if it does not reach the
     border."""
-    trust: float = 1.49
+    trust: float = 1.51
     """Of what the network says."""
-    sharpness: float = 3.0
-    """Of all of it: the higher, the less doubt between ways."""
+    sharpness: float = 5.0
+    """Of all of it, between ways: the higher, the less doubt."""
 
 
 WEIGHTS = Weights()
@@ -219,7 +219,8 @@ def decode(
             first = found.runs[run, 0]
             backward[first] = np.logaddexp(backward[first], backward[stop] + total[run])
     through = forward[found.runs[:, 0]] + backward[found.runs[:, 1]] - forward[count]
-    sure = np.exp(digit + through[:, None])
+    # Between ways all counts, and is sharpened; which digit a run is, the network knows best.
+    sure = np.exp((total + through)[:, None] + logs)
     areas = np.append(0, np.bincount(line.pieces.ravel(), minlength=count + 1)[1:].cumsum())
     result: list[Found] = []
     stop = count

@@ -11,11 +11,13 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from mnist.evaluation.ink import otsu
+from mnist.reading.photo import LONGEST
 from mnist.reading.rules import Mask, grown, widths_of, without_rules
 
 Grey = NDArray[np.floating[Any]]
 """height×width, 0 to 1."""
 
+_FINE = 3  # pixels of a stroke's width: such are enlarged
 _TILE = 40  # pixels of the reduced page
 _COARSE = 320  # pixels of the longer side on which the ground is looked for
 _SCALES = (0.06, 0.15, 0.35, 0.8)  # of the shorter side: what is narrower and darker is ink
@@ -43,11 +45,21 @@ class Ink:
 
 
 def find_ink(page: NDArray[np.uint8]) -> Ink:
-    """The ink of a page.
+    """The ink of a page, which is twice as high and wide as one whose strokes are fine.
 
     Args:
         page: height×width, or height×width×3.
     """
+    from PIL import Image
+
+    ink = _ink_of(page)
+    if not 0 < ink.stroke <= _FINE or 2 * max(page.shape) > LONGEST:
+        return ink
+    size = 2 * page.shape[1], 2 * page.shape[0]
+    return _ink_of(np.asarray(Image.fromarray(page).resize(size, Image.Resampling.BICUBIC)))
+
+
+def _ink_of(page: NDArray[np.uint8]) -> Ink:
     planes = [page] if page.ndim == 2 else np.moveaxis(page, 2, 0)
     channels = [plane.astype(np.float32) / 255 for plane in planes]
     inverted = not _is_ink_dark(channels)

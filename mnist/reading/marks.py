@@ -6,6 +6,7 @@ digits are about ``DIGIT_HEIGHT`` high, or lower where the page has no more.
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,12 +28,14 @@ _CUT_APART = 0.13  # of a digit's height: between cuts
 _CUTS_PER_WIDTH = 4.0  # at most, for each digit height of a mark's width
 _VALLEY = 0.06  # of a digit's height: shallower ones of an outline are none
 _MOST_INK = 0.5  # of a digit's height: a cut through more is none, but between valleys
+_SLANT_ROWS = 0.1  # of a digit's height: over so many rows the slant of strokes is seen
+_SLANT_SHARE = 1.2  # of what is seen
 _SIDEWAYS = 0.15  # ink that a step aside costs a cut
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line of marks, left to right, at its own scale."""
+    """A line of marks, left to right, at its own scale and made upright."""
 
     ink: NDArray[np.uint8]
     """height×width: how much ink, full where strokes are."""
@@ -46,10 +49,8 @@ class Line:
     digit_height: float
     at_border: NDArray[np.bool_]
     """n: whether a piece reaches the border of the page."""
-    origin: tuple[float, float]
-    """Where on the page its upper left corner lies, down and to the right."""
-    scale: float
-    """Pixels of the page that one of the line is high and wide."""
+    places: NDArray[np.float64]
+    """n×4: top, left, bottom and right of each piece on the page, as it stands there."""
 
 
 def find_lines(ink: Ink) -> list[Line]:
@@ -57,9 +58,7 @@ def find_lines(ink: Ink) -> list[Line]:
     marks, count = ndimage.label(ink.mask, _EIGHT)
     if not count:
         return []
-    boxes = np.array(
-        [[r.start, c.start, r.stop, c.stop] for r, c in ndimage.find_objects(marks)], np.int64
-    )
+    boxes = _boxes_of(marks)
     areas = np.bincount(marks.ravel(), minlength=count + 1)[1:]
     longest = (boxes[:, 2:] - boxes[:, :2]).max(1)
     drawn = (areas > _HAIR * ink.stroke * longest) & ~_blots(ink, marks, boxes)
@@ -167,6 +166,8 @@ def _make_line(
         scale = 1.0
     if not mask.any():
         return None
+    shifts = _uprighting(mask, digit_height)
+    mask, strength = _shifted(mask, shifts), _shifted(strength, shifts)
     labels, cuts = _pieces(mask, digit_height)
     if not len(cuts):
         return None
@@ -175,16 +176,57 @@ def _make_line(
     graded = ((strength - low) / (full - low)).clip(0, 1)
     grown = np.where(labels > 0, labels, ndimage.maximum_filter(labels, 3))
     pixels = np.rint(graded * 255 * (grown > 0)).astype(np.uint8)
-    found = [[r.start, c.start, r.stop, c.stop] for r, c in ndimage.find_objects(labels)]
-    pieces = np.array(found, np.int64)
-    origin = float(whole[0].start), float(whole[1].start)
-    page = pieces * scale + np.array([*origin, *origin])
+    lying = _shifted(labels, -shifts)  # what was moved to the right is now twice as far inside
+    inside = np.array([0, 2 * np.ptp(shifts)] * 2) if shifts.any() else 0
+    origin = np.array([whole[0].start, whole[1].start] * 2)
+    places = (_boxes_of(lying) - inside) * scale + origin
     edge = max(1.5, scale)
     height, width = ink.mask.shape
     at_border = (
-        (page[:, :2] < edge).any(1) | (page[:, 2] > height - edge) | (page[:, 3] > width - edge)
+        (places[:, :2] < edge).any(1)
+        | (places[:, 2] > height - edge)
+        | (places[:, 3] > width - edge)
     )
-    return Line(pixels, grown, pieces, cuts, digit_height, at_border, origin, scale)
+    return Line(pixels, grown, _boxes_of(labels), cuts, digit_height, at_border, places)
+
+
+def _boxes_of(labels: NDArray[np.int32]) -> NDArray[np.int64]:
+    """Top, left, bottom and right of every label, n×4."""
+    found = ndimage.find_objects(labels)
+    return np.array([[r.start, c.start, r.stop, c.stop] for r, c in found], np.int64)
+
+
+def _uprighting(mask: Mask, digit_height: float) -> NDArray[np.int64]:
+    """How far each row is to be moved to the right so that strokes that slant stand upright.
+
+    By how far the edges of strokes are aside of themselves a few rows below, on average: strokes
+    that lean both ways, as in zeros, leave a line as it is.
+    """
+    rows = max(2, round(_SLANT_ROWS * digit_height))
+    inked = np.pad(mask, ((0, 0), (rows + 1, rows + 1)))
+    moved = count = 0
+    for edges in (inked[:, 1:] & ~inked[:, :-1], inked[:, :-1] & ~inked[:, 1:]):
+        free, below = edges[:-rows].copy(), edges[rows:]
+        for aside in sorted(range(-rows, rows + 1), key=abs):
+            met = free & np.roll(below, -aside, 1)
+            free &= ~met
+            number = int(np.count_nonzero(met))
+            moved += aside * number
+            count += number
+    slant = _SLANT_SHARE * moved / (rows * max(1, count))
+    place = np.arange(len(mask)) - len(mask) / 2
+    shifts: NDArray[np.int64] = np.rint(-slant * place).astype(np.int64)
+    return shifts
+
+
+def _shifted(values: NDArray[Any], shifts: NDArray[np.int64]) -> NDArray[Any]:
+    """Rows moved to the right by so many pixels, on a wider ground."""
+    most = int(np.ptp(shifts))
+    if not most:
+        return values
+    padded = np.pad(values, ((0, 0), (2 * most, 2 * most)))
+    columns = np.arange(most, values.shape[1] + 3 * most) - shifts[:, None]
+    return np.take_along_axis(padded, columns, 1)
 
 
 def _smaller(values: Grey, scale: float) -> Grey:

@@ -25,7 +25,7 @@ Box = tuple[float, float, float, float]
 """Left, top, width and height, in pixels of the upright page."""
 
 _TURNS = (1, 3, 2)  # quarters, against the clock, that a page may lie on its side by
-_CLEARLY = 0.15  # of all marks: if so many more are digits when a page is turned, it is
+_CLEARLY = 0.5  # of the doubtful marks: if no more are left when a page is turned, it is
 _FEW_MARKS = 4
 _LINE_LENGTH = 2.5  # digits, of a page that is turned: single ones lie below one another as well
 _GOOD = 0.9  # of all marks: if so many are digits, a page is upright
@@ -94,10 +94,7 @@ class TextLine:
     @property
     def box(self) -> Box:
         """What surrounds its numbers."""
-        boxes = np.array([number.box for number in self.numbers])
-        left, top = boxes[:, :2].min(0).tolist()
-        right, bottom = (boxes[:, :2] + boxes[:, 2:]).max(0).tolist()
-        return left, top, right - left, bottom - top
+        return _around([number.box for number in self.numbers])
 
 
 @dataclass(frozen=True)
@@ -138,7 +135,7 @@ def read(photo: str | Path, model: MLP | str | Path) -> list[Page]:
 def read_pages(frames: Sequence[Frame], score: Scorer) -> list[Page]:
     """The numbers on pages."""
     inks = [find_ink(frame.pixels) for frame in frames]
-    zooms = [max(frame.size) / max(frame.pixels.shape[:2]) for frame in frames]
+    zooms = [max(frame.size) / max(ink.mask.shape) for frame, ink in zip(frames, inks, strict=True)]
     readings = _read(inks, zooms, score)
     for index, (ink, zoom) in enumerate(zip(inks, zooms, strict=True)):
         upright = _success(readings[index])
@@ -148,9 +145,9 @@ def read_pages(frames: Sequence[Frame], score: Scorer) -> list[Page]:
         if of_one_line or upright.marks < _FEW_MARKS or upright.sure > _GOOD:
             continue
         turned = _read([_turned(ink, turns) for turns in _TURNS], [zoom] * len(_TURNS), score)
-        best = max(range(len(_TURNS)), key=lambda which: _success(turned[which]).share)
+        best = min(range(len(_TURNS)), key=lambda which: _success(turned[which]).doubtful)
         found = _success(turned[best])
-        clearly = found.share > max(upright.share + _CLEARLY, 0.5)
+        clearly = found.doubtful <= _CLEARLY * upright.doubtful and upright.doubtful >= 1
         if clearly and found.marks >= _FEW_MARKS and found.line_length >= _LINE_LENGTH:
             readings[index] = replace(turned[best], turned=_TURNS[best])
     return readings
@@ -167,7 +164,7 @@ def _turned(ink: Ink, quarters: int) -> Ink:
 
 
 class _Success(NamedTuple):
-    """How well a page could be read."""
+    """How well a page could be read, but for what reaches its border."""
 
     marks: int
     share: float
@@ -177,10 +174,26 @@ class _Success(NamedTuple):
     line_length: float
     """Digits."""
 
+    @property
+    def doubtful(self) -> float:
+        """How many marks are no digits."""
+        return self.marks * (1 - self.share)
+
 
 def _success(page: Page) -> _Success:
-    digits = [d for line in page.lines for number in line.numbers for d in number.digits]
-    marks = max(1, len(digits) + len(page.others))
+    digits = [
+        digit
+        for line in page.lines
+        for number in line.numbers
+        for digit in number.digits
+        if not digit.cut_off
+    ]
+    width, height = page.size
+    others = sum(
+        left > 0 and top > 0 and left + wide < width and top + tall < height
+        for left, top, wide, tall in page.others
+    )
+    marks = max(1, len(digits) + others)
     # Strokes look like a 1 whichever way they lie.
     seen = sum(digit.seen * (0.5 if digit.value == 1 else 1) for digit in digits)
     sure = sum(digit.seen for digit in digits)
@@ -225,7 +238,7 @@ def _numbers(line: Line, found: list[Found], zoom: float) -> tuple[tuple[Number,
             tall, wide = (bottom - top) / height, (right - left) / height
             parted |= tall > _TALL or wide > _FLAT  # no dot, no comma
             if tall > _TALL:
-                others.append(_on_page(line, one.box, zoom))
+                others.append(_on_page(line, one.first, one.stop, zoom))
             continue
         if parted or left - numbers[-1][-1].box[3] > most:
             numbers.append([])
@@ -247,15 +260,23 @@ def _number(line: Line, found: list[Found], zoom: float, trust: float) -> Number
     for one in found:
         assert one.image is not None and one.probabilities is not None
         cut_off = bool(line.at_border[one.first : one.stop].any())
-        box, shares = _on_page(line, one.box, zoom), trust * one.probabilities
+        box, shares = _on_page(line, one.first, one.stop, zoom), trust * one.probabilities
         confidence = trust * one.confidence
         digits.append(Digit(one.value, confidence, shares, one.seen, box, one.image, cut_off))
-    corners = np.array([one.box for one in found])
-    whole = (*corners[:, :2].min(0).tolist(), *corners[:, 2:].max(0).tolist())
-    return Number(tuple(digits), _on_page(line, whole, zoom))
+    return Number(tuple(digits), _around([digit.box for digit in digits]))
 
 
-def _on_page(line: Line, box: Sequence[float], zoom: float) -> Box:
-    top, left, bottom, right = (line.scale * side for side in box)
-    x, y = line.origin[1] + left, line.origin[0] + top
-    return zoom * x, zoom * y, zoom * (right - left), zoom * (bottom - top)
+def _on_page(line: Line, first: int, stop: int, zoom: float) -> Box:
+    """What surrounds pieces of a line."""
+    places = zoom * line.places[first:stop]
+    top, left = places[:, :2].min(0).tolist()
+    bottom, right = places[:, 2:].max(0).tolist()
+    return left, top, right - left, bottom - top
+
+
+def _around(boxes: Sequence[Box]) -> Box:
+    """What surrounds them all."""
+    found = np.array(boxes)
+    left, top = found[:, :2].min(0).tolist()
+    right, bottom = (found[:, :2] + found[:, 2:]).max(0).tolist()
+    return left, top, right - left, bottom - top
