@@ -30,31 +30,31 @@ class Weights:
     """What ways through a line cost, as logarithms of probabilities: chosen on development
     images."""
 
-    cut: float = 0.174
+    cut: float = 0.219
     """Of a cut before a digit or after it."""
-    loop: float = 0.183
+    loop: float = 0.2
     """More of a cut through two strokes or more, as through a loop."""
-    gap: float = 18.0
+    gap: float = 16.6
     """Of a digit height of ground within a digit, from side to side."""
-    dot: float = 1.08
+    dot: float = 0.895
     """Of a small mark of its own within a digit."""
-    broad: float = 0.837
+    broad: float = 0.851
     """Digit heights that a digit may be wide for nothing."""
-    wide: float = 1.98
+    wide: float = 2.29
     """Of each digit height more."""
-    low: float = 1.45
+    low: float = 1.62
     """Of each digit height that a digit is lower than 0.8."""
-    aside: float = 11.1
+    aside: float = 9.07
     """Of each digit height by which its middle is above or below that of its neighbours, beyond
     a quarter."""
     each: float = 0.722
     """Of any digit."""
-    none: float = 0.888
+    none: float = 0.863
     """Of a piece that is no digit, however small."""
-    none_size: float = 1.97
+    none_size: float = 2.37
     """More of it, by height and width above a third of a digit's height, if it does not reach the
     border."""
-    trust: float = 1.51
+    trust: float = 1.7
     """Of what the network says."""
     sharpness: float = 5.0
     """Of all of it, between ways: the higher, the less doubt."""
