@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,17 @@ import torch
 from PIL import Image
 
 from mnist.cli import InputError
+from mnist.distributed import World
+from mnist.evaluation.scoring import predict
 from mnist.model import MLP, load_model
 from mnist.reading.ink import find_ink
-from mnist.reading.reader import Page, read
+from mnist.reading.photo import load_pages
+from mnist.reading.reader import Page, read, read_pages
 from mnist.reading.readings import describe, scored
 from mnist.reading.truth import ReadDigit, Score, align
 
 COVERAGES = (0.8, 0.9)
+_TOGETHER = 16  # files
 _ORIENTATION = 0x0112
 
 
@@ -55,6 +59,18 @@ class Reader:
         """What is on the pages of a file."""
         return read(photo, self.model)
 
+    def batches(self, photos: list[Path]) -> Iterator[list[Page]]:
+        """What is on the pages of each file, several files read together as the job does."""
+        for start in range(0, len(photos), _TOGETHER):
+            frames = [list(load_pages(photo)) for photo in photos[start : start + _TOGETHER]]
+            pages = iter(
+                read_pages(
+                    [frame for of_file in frames for frame in of_file],
+                    lambda images: predict(self.model, images, World()),
+                )
+            )
+            yield from ([next(pages) for _ in of_file] for of_file in frames)
+
     def lines(self, pages: list[Page]) -> list[list[list[ReadDigit]]]:
         """Lines of numbers of digits, as scores take them."""
         return [line for page in pages for line in scored(describe(page, self.model.doubt))]
@@ -72,8 +88,9 @@ def scores(reader: Reader, folder: Path) -> dict[str, Any]:
     for group, photos in groups(folder).items():
         score, exact, with_accepted = Score(), 0, 0
         begin = time.perf_counter()
-        for photo, truth in photos:
-            lines = reader.lines(reader.pages(photo))
+        read_files = reader.batches([photo for photo, _ in photos])
+        for (_, truth), pages in zip(photos, read_files, strict=True):
+            lines = reader.lines(pages)
             score.add(truth, lines)
             text = "/".join("".join(str(d.value) for n in line for d in n) for line in lines)
             exact += text == truth.replace(" ", "")
@@ -149,7 +166,7 @@ def _distance(one: str, other: str) -> int:
 
 def speeds(model_file: Path, photo: Path, rounds: int) -> dict[str, dict[str, float]]:
     """Seconds and peak memory of reading one photo at 12 and 48 megapixels, on one thread, each in
-    a process of its own; the process itself and its imports are not counted as time."""
+    a process of its own; what its imports and the model take is told apart."""
     found = {}
     with tempfile.TemporaryDirectory() as aside:
         for name, width in (("12 MP", 4000), ("48 MP", 8000)):
@@ -161,19 +178,24 @@ def speeds(model_file: Path, photo: Path, rounds: int) -> dict[str, dict[str, fl
             for _ in range(rounds):
                 done = subprocess.run(command, capture_output=True, text=True, check=True)
                 runs.append([float(word) for word in done.stdout.split()])
-            seconds, megabytes = (statistics.median(values) for values in zip(*runs, strict=True))
-            found[name] = {"seconds": seconds, "megabytes": megabytes}
+            seconds, before, most = map(statistics.median, zip(*runs, strict=True))
+            found[name] = {"seconds": seconds, "MB": most - before, "MB of imports": before}
     return found
 
 
 def _read_one(model_file: Path, photo: Path) -> None:
-    """Print how long it takes, and the most memory so far."""
+    """Print how long it takes, and the most memory before and after, in MB."""
     torch.set_num_threads(1)
     reader = Reader(model_file)
     find_ink(np.full((40, 60), 255, np.uint8))  # what is imported when it is first needed
+    before = _most_memory()
     begin = time.perf_counter()
     reader.pages(photo)
-    print(time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    print(time.perf_counter() - begin, before, _most_memory())
+
+
+def _most_memory() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 if __name__ == "__main__":

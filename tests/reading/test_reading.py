@@ -113,6 +113,46 @@ def test_lines_that_climb_are_followed(read, data_dir, slope):
     assert right(found, LINES)[0] >= 0.85
 
 
+def test_digits_of_a_real_photo(read):
+    """Its licence lies beside it."""
+    (frame,) = load_pages(Path(__file__).with_name("real_photo.png"))
+    page = read(frame.pixels)
+    share, others = right(page, ["52306"])
+    assert len(page.lines) == 1 and share >= 0.8 and others <= 1
+
+
+@pytest.mark.parametrize("slant", [0.5, -0.4])
+def test_lines_that_slant_are_made_upright(read, ink, slant):
+    page = on_paper(ink)
+    height, width = page.shape
+    lying = Image.fromarray(page).transform(
+        (width + height // 2, height),
+        Image.Transform.AFFINE,
+        (1, slant, -max(slant, 0) * height, 0, 1, 0),
+        Image.Resampling.BILINEAR,
+        fillcolor=int(page[0, 0]),
+    )
+    share, others = right(read(np.asarray(lying)), LINES)
+    assert share >= 0.85 and others <= 4
+    # Where boxes lie is told of the page, not of the upright line.
+    for digit in digits(read(np.asarray(lying))):
+        left, top, wide, tall = (round(side) for side in digit.box)
+        inside = np.asarray(lying)[top : top + tall, left : left + wide] < 128
+        assert inside[0].any() or inside[1].any()
+        assert inside[:, :2].any() and inside[:, -2:].any()
+
+
+def test_fine_strokes_are_enlarged(read, data_dir):
+    ink = ink_of(data_dir, LINES, height=24)
+    page = read(on_paper(ink))
+    share, others = right(page, LINES)
+    assert share >= 0.8 and others <= 5
+    assert page.size == ink.shape[::-1]
+    found = digits(page)
+    assert max(d.box[0] + d.box[2] for d in found) <= ink.shape[1]
+    assert max(d.box[1] + d.box[3] for d in found) > 0.7 * ink.shape[0]
+
+
 def test_touching_digits_are_cut(read, data_dir):
     lines = ["1000", "2005", "3600", "80000"]
     page = read(on_paper(ink_of(data_dir, lines, gap=-0.03)))
