@@ -20,8 +20,9 @@ Grey = NDArray[np.floating[Any]]
 _FINE = 3  # pixels of a stroke's width: such are enlarged
 _TILE = 40  # pixels of the reduced page
 _COARSE = 320  # pixels of the longer side on which the ground is looked for
+_ROUGH = 160  # the same, on which the scale of its shadows is chosen
 _SCALES = (0.06, 0.15, 0.35, 0.8)  # of the shorter side: what is narrower and darker is ink
-_LEAST_SCALE = 9  # pixels of the page
+_LEAST_SCALE = 17  # pixels of the page
 _LEAST_CONTRAST = 0.08  # of ink to its ground, as a share of the ground's light
 _BROADEST = 0.2  # of the shorter side: a stroke is narrower
 _LOST = 0.1  # of the ink: if a wider scale finds that much more, strokes were taken for ground
@@ -103,7 +104,8 @@ def _strength(channels: list[Grey]) -> Grey:
     """How much darker than the ground around it each pixel is, of one channel or three."""
     shape = channels[0].shape
     coarse = [_reduced(channel, _COARSE) for channel in channels]
-    size = _scale(np.min(coarse, 0), shape)
+    rough = _reduced(np.min(coarse, 0), _ROUGH)
+    size = _odd(_scale(rough, shape), shape, coarse[0])
     inks = []
     for channel, small in zip(channels, coarse, strict=True):
         ink = np.maximum(_enlarged(_ground(small, size), shape), 0.02)
@@ -132,19 +134,24 @@ def _ground(small: Grey, size: int) -> Grey:
     return result
 
 
-def _scale(small: Grey, shape: tuple[int, ...]) -> int:
-    """The size of a closing, in pixels of the reduced page, that takes no stroke for ground.
+def _odd(size: float, shape: tuple[int, ...], small: Grey) -> int:
+    """A size on a page of that shape in pixels of the reduced one: an odd number of them."""
+    result: int = max(3, round(size * max(small.shape) / max(shape)) | 1)
+    return result
+
+
+def _scale(small: Grey, shape: tuple[int, ...]) -> float:
+    """The size of a closing, in pixels of the page, that takes no stroke for ground.
 
     The narrowest at which no wider one finds more ink, in marks that are no shadows: those lie
     inside the page, and are of strokes.
     """
-    factor = max(shape) / max(small.shape)
-    wanted = (max(share * min(shape), _LEAST_SCALE) for share in _SCALES)
-    sizes: list[int] = sorted({max(3, round(size / factor)) | 1 for size in wanted})
-    inks = [(1 - small / np.maximum(_ground(small, size), 0.02)).clip(0, 1) for size in sizes]
+    wanted = [max(share * min(shape), _LEAST_SCALE) for share in _SCALES]
+    grounds = [_ground(small, _odd(size, shape, small)) for size in wanted]
+    inks = [(1 - small / np.maximum(ground, 0.02)).clip(0, 1) for ground in grounds]
     masks = [_mask(ink) for ink in inks]
     broadest = max(3, round(_BROADEST * min(small.shape)))
-    for index, (size, mask) in enumerate(zip(sizes, masks, strict=True)):
+    for index, (size, mask) in enumerate(zip(wanted, masks, strict=True)):
         least = max(4, _LOST * np.count_nonzero(mask))
         for wider in masks[index + 1 :]:
             wider = wider & ~_at_frame(wider)
@@ -156,7 +163,7 @@ def _scale(small: Grey, shape: tuple[int, ...]) -> int:
                 break
         else:
             return size
-    return sizes[-1]
+    return wanted[-1]
 
 
 def _at_frame(mask: Mask) -> Mask:
