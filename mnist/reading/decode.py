@@ -30,31 +30,31 @@ class Weights:
     """What ways through a line cost, as logarithms of probabilities: chosen on development
     images."""
 
-    cut: float = 0.219
+    cut: float = 0.216
     """Of a cut before a digit or after it."""
-    loop: float = 0.2
+    loop: float = 0.412
     """More of a cut through two strokes or more, as through a loop."""
-    gap: float = 16.6
+    gap: float = 12.1
     """Of a digit height of ground within a digit, from side to side."""
-    dot: float = 0.895
+    dot: float = 0.738
     """Of a small mark of its own within a digit."""
-    broad: float = 0.851
+    broad: float = 0.828
     """Digit heights that a digit may be wide for nothing."""
-    wide: float = 2.29
+    wide: float = 2.34
     """Of each digit height more."""
-    low: float = 1.62
+    low: float = 1.49
     """Of each digit height that a digit is lower than 0.8."""
-    aside: float = 9.07
+    aside: float = 9.94
     """Of each digit height by which its middle is above or below that of its neighbours, beyond
     a quarter."""
-    each: float = 0.722
+    each: float = 0.59
     """Of any digit."""
     none: float = 0.863
     """Of a piece that is no digit, however small."""
-    none_size: float = 2.37
+    none_size: float = 3.21
     """More of it, by height and width above a third of a digit's height, if it does not reach the
     border."""
-    trust: float = 1.7
+    trust: float = 1.72
     """Of what the network says."""
     sharpness: float = 5.0
     """Of all of it, between ways: the higher, the less doubt."""
