@@ -30,6 +30,7 @@ _FEW_MARKS = 4
 _LINE_LENGTH = 2.5  # digits, of a page that is turned: single ones lie below one another as well
 _GOOD = 0.9  # of all marks: if so many are digits, a page is upright
 _DOUBTFUL, _DOUBTFUL_SHARE = 2.0, 0.07  # digits of a line, by their confidence, and their share
+_COMPANY = 6  # the power of the share of others, by which digits of such a line are less sure
 _TALL, _FLAT = 0.45, 0.3  # digit heights: marks that are higher or wider part numbers, as dashes do
 _APART = 1.5  # digit heights, and
 _APART_AS_USUAL = 2.5  # times the line's median gap: wider ones part numbers
@@ -252,7 +253,7 @@ def _trust(confidences: Sequence[float]) -> float:
     long lines of marks some of which look like digits."""
     doubtful = len(confidences) - sum(confidences)
     many = doubtful >= _DOUBTFUL and doubtful > _DOUBTFUL_SHARE * len(confidences)
-    return 1 - doubtful / len(confidences) if many else 1.0
+    return (1 - doubtful / len(confidences)) ** _COMPANY if many else 1.0
 
 
 def _number(line: Line, found: list[Found], zoom: float, trust: float) -> Number:
