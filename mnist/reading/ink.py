@@ -91,7 +91,7 @@ def _is_ink_dark(channels: list[Grey]) -> bool:
 
 def _reduced(values: Grey, longest: int) -> Grey:
     """By a whole factor, averaged, so that its longer side has at most about so many pixels."""
-    factor = max(1, round(max(values.shape) / longest))
+    factor = max(1, min(round(max(values.shape) / longest), *values.shape))
     if factor == 1:
         return values
     height, width = (side // factor * factor for side in values.shape)

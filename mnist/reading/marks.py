@@ -179,9 +179,10 @@ def _make_line(
     lying = _shifted(labels, -shifts)  # what was moved to the right is now twice as far inside
     inside = np.array([0, 2 * np.ptp(shifts)] * 2) if shifts.any() else 0
     origin = np.array([whole[0].start, whole[1].start] * 2)
-    places = (_boxes_of(lying) - inside) * scale + origin
-    edge = max(1.5, scale)
     height, width = ink.mask.shape
+    places = (_boxes_of(lying) - inside) * scale + origin
+    places = places.clip(0, (height, width) * 2)  # by rounding, a pixel of the line may lie outside
+    edge = max(1.5, scale)
     at_border = (
         (places[:, :2] < edge).any(1)
         | (places[:, 2] > height - edge)

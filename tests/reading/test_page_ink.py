@@ -142,3 +142,11 @@ def test_an_empty_page_has_no_ink(kind):
         page += np.random.default_rng(0).normal(0, 2, page.shape)
     found = find_ink(page.clip(0, 255).round().astype(np.uint8))
     assert found.mask.mean() < 0.001
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (640, 1), (1, 1001), (640, 2), (3, 900), (2, 2, 3)])
+def test_pages_that_are_nearly_lines(shape):
+    page = np.full(shape, 200, np.uint8)
+    page[: shape[0] // 2] = 30
+    height, width = find_ink(page).mask.shape
+    assert (height, width) in (shape[:2], (2 * shape[0], 2 * shape[1]))  # fine strokes are enlarged
