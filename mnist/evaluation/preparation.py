@@ -72,9 +72,8 @@ def prepare(images: Iterable[NDArray[Any]], count: int, mode: Mode) -> Prepared:
 
 def _prepare_one(image: NDArray[Any], mode: Mode) -> tuple[NDArray[Any], int]:
     """28×28 of the image's type, and its treatment."""
-    from mnist.evaluation.ink import (
-        find_digit,
-    )  # scipy takes half a second, and training none of it
+    # scipy takes half a second to import, and training needs none of it.
+    from mnist.evaluation.ink import find_digit
 
     floats = image.dtype != np.uint8
     if mode == "auto" and image.shape == IMAGE_SHAPE:
