@@ -23,6 +23,7 @@ _WIDEST = 0.2  # of an image: strokes along the whole of a side are narrower
 _BLOT = 0.5  # of a digit's size: a square of that is in no digit
 _EDGE = 0.06  # of a digit's size: over more a stroke does not fade into the ground
 _EIGHT = np.ones((3, 3), bool)  # neighbours
+_MIDDLES = (np.arange(64) + 0.5) / 64  # of a histogram's bins
 
 
 @dataclass(frozen=True)
@@ -205,15 +206,13 @@ def _ground_of(ink: Grey) -> tuple[float, float]:
 def otsu(ink: Grey) -> float:
     """The threshold that separates two classes best (Otsu, 1979); 1 if there is but one."""
     counts = np.bincount(np.minimum(ink.ravel() * 64, 63).astype(np.uint8), minlength=64)
-    edges = np.linspace(0, 1, 65)
-    middles = (edges[1:] + edges[:-1]) / 2
-    below, sums = counts.cumsum(), (counts * middles).cumsum()
+    below, sums = counts.cumsum(), (counts * _MIDDLES).cumsum()
     above = below[-1] - below
     with np.errstate(all="ignore"):
         gap = sums / below - (sums[-1] - sums) / above
         between = below * above * np.square(gap)
     between = np.nan_to_num(between[:-1])
-    return float(edges[1 + between.argmax()]) if between.any() else 1.0
+    return float(between.argmax() + 1) / 64 if between.any() else 1.0
 
 
 def _mask(ink: Grey) -> NDArray[np.bool_] | None:

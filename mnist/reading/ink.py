@@ -126,11 +126,11 @@ def _strength(channels: list[Grey]) -> Grey:
 
 def _ground(small: Grey, size: int) -> Grey:
     """The ground of a reduced page: what a closing of that size leaves of it, smoothed."""
-    around = size
-    padded = np.pad(small, around, mode="edge")
-    ground = ndimage.grey_closing(padded, (size, size))
+    # As np.pad(mode="edge"), which takes as long as the rest on small pages.
+    rows, columns = (np.arange(-size, side + size).clip(0, side - 1) for side in small.shape)
+    ground = ndimage.grey_closing(small[rows[:, None], columns], (size, size))
     ground = ndimage.uniform_filter(ground, max(1, size // 2))
-    result: Grey = ground[around:-around, around:-around]
+    result: Grey = ground[size:-size, size:-size]
     return result
 
 
@@ -146,7 +146,7 @@ def _scale(small: Grey, shape: tuple[int, ...]) -> float:
     The narrowest at which no wider one finds more ink, in marks that are no shadows: those lie
     inside the page, and are of strokes.
     """
-    wanted = [max(share * min(shape), _LEAST_SCALE) for share in _SCALES]
+    wanted = sorted({max(share * min(shape), _LEAST_SCALE) for share in _SCALES})
     grounds = [_ground(small, _odd(size, shape, small)) for size in wanted]
     inks = [(1 - small / np.maximum(ground, 0.02)).clip(0, 1) for ground in grounds]
     masks = [_mask(ink) for ink in inks]

@@ -225,9 +225,11 @@ def _shifted(values: NDArray[Any], shifts: NDArray[np.int64]) -> NDArray[Any]:
     most = int(np.ptp(shifts))
     if not most:
         return values
-    padded = np.pad(values, ((0, 0), (2 * most, 2 * most)))
-    columns = np.arange(most, values.shape[1] + 3 * most) - shifts[:, None]
-    return np.take_along_axis(padded, columns, 1)
+    height, width = values.shape
+    result = np.zeros((height, width + 2 * most), values.dtype)
+    columns = np.arange(width) + (most + shifts)[:, None]
+    result[np.arange(height)[:, None], columns] = values
+    return result
 
 
 def _smaller(values: Grey, scale: float) -> Grey:
@@ -300,7 +302,7 @@ def _cuts(own: Mask, digit_height: float) -> list[Cut]:
                 chosen.append((ink, path))
             if len(chosen) == most:
                 break
-    return sorted(chosen, key=lambda cut: float(cut[1].mean()))
+    return sorted(chosen, key=lambda cut: int(cut[1].sum()))
 
 
 def _between_valleys(own: Mask, digit_height: float) -> list[Cut]:
