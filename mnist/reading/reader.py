@@ -28,7 +28,7 @@ _TURNS = (1, 3, 2)  # quarters, against the clock, that a page may lie on its si
 _CLEARLY = 0.5  # of the doubtful marks: if no more are left when a page is turned, it is
 _FEW_MARKS = 4
 _LINE_LENGTH = 2.5  # digits, of a page that is turned: single ones lie below one another as well
-_GOOD = 0.9  # of all marks: if so many are digits, a page is upright
+_GOOD = 0.95  # of all marks: if so many are digits, a page is upright
 _DOUBTFUL, _DOUBTFUL_SHARE = 2.0, 0.07  # digits of a line, by their confidence, and their share
 _COMPANY = 6  # the power of the share of others, by which digits of such a line are less sure
 _TALL, _FLAT = 0.45, 0.3  # digit heights: marks that are higher or wider part numbers, as dashes do
@@ -146,10 +146,14 @@ def read_pages(frames: Sequence[Frame], score: Scorer) -> list[Page]:
         if of_one_line or upright.marks < _FEW_MARKS or upright.sure > _GOOD:
             continue
         turned = _read([_turned(ink, turns) for turns in _TURNS], [zoom] * len(_TURNS), score)
-        best = min(range(len(_TURNS)), key=lambda which: _success(turned[which]).doubtful)
-        found = _success(turned[best])
-        clearly = found.doubtful <= _CLEARLY * upright.doubtful and upright.doubtful >= 1
-        if clearly and found.marks >= _FEW_MARKS and found.line_length >= _LINE_LENGTH:
+        found = [_success(page) for page in turned]
+        left = [
+            after.doubtful(turns) / max(1.0, upright.doubtful(turns))
+            for after, turns in zip(found, _TURNS, strict=True)
+        ]
+        best = int(np.argmin(left))
+        enough = found[best].marks >= _FEW_MARKS and found[best].line_length >= _LINE_LENGTH
+        if left[best] <= _CLEARLY and upright.doubtful(_TURNS[best]) >= 1 and enough:
             readings[index] = replace(turned[best], turned=_TURNS[best])
     return readings
 
@@ -175,10 +179,10 @@ class _Success(NamedTuple):
     line_length: float
     """Digits."""
 
-    @property
-    def doubtful(self) -> float:
-        """How many marks are no digits."""
-        return self.marks * (1 - self.share)
+    def doubtful(self, turns: int) -> float:
+        """How many marks are no digits, to be compared with a page that is turned by so many
+        quarters: by two of them, a 1 is still one."""
+        return self.marks * (1 - (self.share if turns % 2 else self.sure))
 
 
 def _success(page: Page) -> _Success:

@@ -160,9 +160,9 @@ def test_touching_digits_are_cut(read, data_dir):
     assert share >= 0.75
 
 
-def test_a_page_on_its_side_is_turned(read, ink):
+def test_a_page_on_its_side_or_head_is_turned(read, ink):
     page = on_paper(ink)
-    for turns in (1, 3):
+    for turns in (1, 2, 3):
         found = read(np.ascontiguousarray(np.rot90(page, turns)))
         assert found.turned == 4 - turns
         assert right(found, LINES)[0] >= 0.9
