@@ -181,17 +181,21 @@ def _read_some(
             described = describe(page, doubt)
             place = indices[which], len(records[which]["pages"])
             records[which]["pages"].append(described)
-            if len(kept) < MOST_SHOWN or urgency(page, described) > kept[-1].urgency:
-                kept[:] = most_urgent([*kept, show(page, frame, described, place)])
+            urgent = urgency(page, described)
+            if len(kept) < MOST_SHOWN or urgent > kept[-1].urgency:
+                kept[:] = most_urgent([*kept, show(page, frame, urgent, place)])
         waiting.clear()
 
+    pixels = 0
     for which, index in enumerate(indices):
         record = records[which]
         try:
             for frame in load_pages(photos[index]):
                 waiting.append((which, frame))
-                if sum(math.prod(frame.pixels.shape[:2]) for _, frame in waiting) > _TOGETHER:
+                pixels += math.prod(frame.pixels.shape[:2])
+                if pixels > _TOGETHER:
                     read_waiting()
+                    pixels = 0
         except InputError as damaged:
             record["error"] = str(damaged).removeprefix(f"{photos[index]}: ")
         record["sha256"] = sha256(photos[index]) if record["error"] is None else None

@@ -177,7 +177,7 @@ def _make_line(
     grown = np.where(labels > 0, labels, ndimage.maximum_filter(labels, 3))
     pixels = np.rint(graded * 255 * (grown > 0)).astype(np.uint8)
     lying = _shifted(labels, -shifts)  # what was moved to the right is now twice as far inside
-    inside = np.array([0, 2 * np.ptp(shifts)] * 2) if shifts.any() else 0
+    inside = np.array([0, 2 * np.ptp(shifts)] * 2)
     origin = np.array([whole[0].start, whole[1].start] * 2)
     height, width = ink.mask.shape
     places = (_boxes_of(lying) - inside) * scale + origin

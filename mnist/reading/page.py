@@ -48,25 +48,23 @@ def urgency(page: Page, described: dict[str, Any]) -> float:
         page: what was read.
         described: the same as in ``readings.json``.
     """
-    digits = (digit for line in page.lines for number in line.numbers for digit in number.digits)
-    doubt = max((1 - digit.confidence for digit in digits), default=0.5)
+    doubt = max((1 - digit.confidence for digit in page.digits), default=0.5)
     return doubt + bool(described["warnings"])
 
 
-def show(page: Page, frame: Frame, described: dict[str, Any], place: tuple[int, int]) -> Shown:
+def show(page: Page, frame: Frame, urgent: float, place: tuple[int, int]) -> Shown:
     """What the page needs of a page that was read.
 
     Args:
         page: what was read.
         frame: its pixels.
-        described: the same as in ``readings.json``.
+        urgent: its urgency.
         place: which file, and which page of it.
     """
-    digits = [d for line in page.lines for number in line.numbers for d in number.digits]
-    images = [_data_uri(255 - digit.image, "PNG") for digit in digits[:_MOST_DIGITS]]
+    images = [_data_uri(255 - digit.image, "PNG") for digit in page.digits[:_MOST_DIGITS]]
     pixels = np.rot90(frame.pixels, page.turned)
     picture = _data_uri(_reduced(pixels), "JPEG")
-    return Shown(*place, urgency(page, described), picture, images)
+    return Shown(*place, urgent, picture, images)
 
 
 def most_urgent(shown: Iterable[Shown]) -> list[Shown]:

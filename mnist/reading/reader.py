@@ -112,6 +112,11 @@ class Page:
     """Width and height, once it is upright; boxes are in these."""
 
     @property
+    def digits(self) -> list[Digit]:
+        """All of them, in reading order."""
+        return [d for line in self.lines for number in line.numbers for d in number.digits]
+
+    @property
     def text(self) -> str:
         """Its lines."""
         return "\n".join(line.text for line in self.lines)
@@ -186,13 +191,7 @@ class _Success(NamedTuple):
 
 
 def _success(page: Page) -> _Success:
-    digits = [
-        digit
-        for line in page.lines
-        for number in line.numbers
-        for digit in number.digits
-        if not digit.cut_off
-    ]
+    digits = [digit for digit in page.digits if not digit.cut_off]
     width, height = page.size
     others = sum(
         left > 0 and top > 0 and left + wide < width and top + tall < height

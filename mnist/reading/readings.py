@@ -29,7 +29,7 @@ def describe(page: Page, doubt: Doubt | None) -> dict[str, Any]:
         page: what was read.
         doubt: from which confidence on a digit is accepted; None: from none on.
     """
-    digits = [d for line in page.lines for number in line.numbers for d in number.digits]
+    digits = page.digits
     no_digits = len(page.others) + sum(digit.confidence < _REJECTED for digit in digits)
     marks = len(page.others) + len(digits)
     foreign = marks >= _FEW_MARKS and no_digits > _MOSTLY * marks
