@@ -218,7 +218,7 @@ def draw_distortions(images: NDArray[np.uint8], title: str, path: Path, model: s
 
 def compose_grid(
     images: NDArray[np.uint8],
-    labels: NDArray[np.int64],
+    labels: NDArray[np.int64] | None,
     predictions: NDArray[np.int64],
     confidences: NDArray[Any],
 ) -> "Image":
@@ -226,8 +226,8 @@ def compose_grid(
 
     Args:
         images: n×28×28, 0 to 255.
-        labels: n digits.
-        predictions: n digits.
+        labels: n digits, as far as known.
+        predictions: n digits, negative where there is none.
         confidences: n probabilities of the predictions, 0 to 1.
     """
     from PIL import Image, ImageDraw, ImageFont
@@ -236,8 +236,9 @@ def compose_grid(
     size = (columns * width, -(-len(images) // columns) * height)
     sheet, font = Image.new("RGB", size, "white"), ImageFont.load_default(12)
     draw = ImageDraw.Draw(sheet)
+    known = predictions if labels is None else labels
     for index, (image, label, prediction, confidence) in enumerate(
-        zip(images, labels, predictions, confidences, strict=True)
+        zip(images, known, predictions, confidences, strict=True)
     ):
         left, top = width * (index % columns) + 10, height * (index // columns) + 5
         color = "black" if label == prediction else _MISTAKE
@@ -245,7 +246,8 @@ def compose_grid(
         sheet.paste(picture, (left, top))
         if label != prediction:
             draw.rectangle((left - 2, top - 2, left + side + 1, top + side + 1), None, color, 2)
-        text = f"label {label}\nsays {prediction}, {confidence:.1%}"
+        says = f"says {prediction}, {confidence:.1%}" if prediction >= 0 else "no digit"
+        text = says if labels is None else f"label {label}\n{says}"
         draw.multiline_text((left, top + side + 2), text, color, font, spacing=1)
     return sheet
 

@@ -56,7 +56,7 @@ def decode_frames(
     Raises:
         InputError: it is no image, damaged, too large, or not as expected.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     Image.MAX_IMAGE_PIXELS = None  # see _MOST_PIXELS
     number = 0
@@ -78,17 +78,14 @@ def decode_frames(
                     # JPEG is decoded in part.
                     image.draft(None, (math.ceil(smaller * width), math.ceil(smaller * height)))
                     orientation = image.getexif().get(_ORIENTATION, 1) if upright else 1
-                    pixels = _in_8_bits(image, path, longest)
+                    pixels = _in_8_bits(image, str(path), longest)
         except InputError:
             raise
         except Exception as error:  # Pillow's decoders raise almost anything over damaged files
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())
             reason = reason.removesuffix(f" {str(path)!r}")
             raise InputError(f"{path}: cannot be read as {what}: {reason}") from None
-        if orientation != 1:
-            turned = Image.fromarray(pixels)
-            turned.getexif()[_ORIENTATION] = orientation
-            pixels = np.asarray(ImageOps.exif_transpose(turned))
+        pixels = _turned(pixels, orientation)
         lies = orientation in (5, 6, 7, 8)
         yield Frame(pixels, (height, width) if lies else (width, height))
         number += 1
@@ -96,7 +93,32 @@ def decode_frames(
             return
 
 
-def _in_8_bits(image: "Image.Image", path: Path, longest: int) -> NDArray[np.uint8]:
+def pixels_of(image: "Image.Image", longest: int) -> NDArray[np.uint8]:
+    """Of an image in memory, as ``decode_frames`` gives a file's: upright, height×width or ×3.
+
+    Raises:
+        InputError: it has more than 16 bits per pixel, or its file is damaged.
+    """
+    try:
+        own = image.copy()  # the caller's stays as it is
+        own.format = image.format
+        return _turned(_in_8_bits(own, "the image", longest), image.getexif().get(_ORIENTATION, 1))
+    except OSError as error:  # it is decoded only now
+        raise InputError(f"the image cannot be read: {error}") from None
+
+
+def _turned(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
+    """Upright."""
+    from PIL import Image, ImageOps
+
+    if orientation == 1:
+        return pixels
+    turned = Image.fromarray(pixels)
+    turned.getexif()[_ORIENTATION] = orientation
+    return np.asarray(ImageOps.exif_transpose(turned))
+
+
+def _in_8_bits(image: "Image.Image", path: str, longest: int) -> NDArray[np.uint8]:
     """Grey, height×width, or colours, ×3, on an opaque ground, in at most ``longest`` pixels."""
     from PIL import Image as PillowImage
 

@@ -103,11 +103,15 @@ class FolderImages:
 
     def _decoded(self, files: Sequence[str], any_size: bool) -> Iterator[NDArray[np.uint8]]:
         for file in files:
-            yield _decode(self._folder / file, any_size)
+            yield decode_image(self._folder / file, any_size)
 
 
-def _decode(path: Path, any_size: bool) -> NDArray[np.uint8]:
-    """One image file in 8 bits: height×width if it is grey, else ×3."""
+def decode_image(path: Path, any_size: bool) -> NDArray[np.uint8]:
+    """One image file in 8 bits: height×width if it is grey, else ×3.
+
+    Raises:
+        InputError: it cannot be read, has several frames, or unless any size will do is not 28×28.
+    """
     what = "an image" if any_size else "an image of 28×28"
 
     def check(image: "Image.Image") -> None:

@@ -21,7 +21,7 @@ from mnist.cli import InputError
 from mnist.data import IMAGE_SHAPE, split_validation
 from mnist.evaluation.folders import FolderImages, FolderLabels, find_images
 from mnist.evaluation.labels import EXPECTED_LABELS, check_order, is_table, read_table
-from mnist.evaluation.preparation import Mode, Prepared, as_they_are, look_like_mnist, prepare
+from mnist.evaluation.preparation import Mode, Prepared, as_they_are, prepare
 from mnist.fetch import MD5
 from mnist.runs.reports import images_of_split
 from mnist.system import sha256
@@ -73,9 +73,6 @@ class Inputs:
             images: Iterable[NDArray[Any]] = self.image_rows.of_any_size(part)
         else:
             images = self.images(start, stop)
-            usual = self.mode == "auto" and images.shape[1:] == IMAGE_SHAPE
-            if usual and look_like_mnist(images).all():
-                return as_they_are(images)
         return prepare(images, len(self.indices(start, stop)), self.mode)
 
     def images(self, start: int, stop: int) -> NDArray[Any]:
@@ -197,7 +194,21 @@ def open_images(images: Path, labels: Path | None, mode: Mode = "auto") -> Input
     with reading(images):
         if images.is_dir():
             return dataclasses.replace(_open_folder(images, labels), mode=mode)
-    rows = open_rows(images, _EXPECTED_IMAGES)
+    return images_of(open_rows(images, _EXPECTED_IMAGES), images, labels, mode)
+
+
+def images_of(rows: Rows, images: Path, labels: Path | None, mode: Mode) -> Inputs:
+    """Those of an array, of a file or in memory.
+
+    Args:
+        rows: the array.
+        images: what to call it in messages.
+        labels: as ``open_images`` has them.
+        mode: what is to be done to them.
+
+    Raises:
+        InputError: these are no images, or labels are not theirs.
+    """
     size = "28×28" if mode == "as-is" else "height×width"
     if len(rows.shape) != 3 or (mode == "as-is" and rows.shape[1:] != IMAGE_SHAPE):
         hint = ": are these labels?" if len(rows.shape) == 1 else ""

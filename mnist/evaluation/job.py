@@ -134,16 +134,14 @@ def find_weights(config: ModelChoice) -> Weights:
     inside = enclosing_checkpoint(config.run)
     if inside is not None:
         raise InputError(
-            f"--run {config.run} is in a checkpoint; score it by --model {inside / final.name}, or "
-            f"its run by --run {inside.parents[1]}"
+            f"{config.run} is in a checkpoint; name its model, {inside / final.name}, or its run, "
+            f"{inside.parents[1]}"
         )
     if final.exists():
         return Weights(path=final, run=config.run)
     checkpoint = newest_checkpoint(config.run / "checkpoints")
     if checkpoint is None:
-        raise InputError(
-            f"--run {config.run}: has no weights: neither model.safetensors nor checkpoints"
-        )
+        raise InputError(f"{config.run}: has no weights: neither model.safetensors nor checkpoints")
     return Weights(path=checkpoint / final.name, run=config.run, step=step_of(checkpoint))
 
 

@@ -58,6 +58,9 @@ def prepare(images: Iterable[NDArray[Any]], count: int, mode: Mode) -> Prepared:
         count: how many they are, n.
         mode: not ``as-is``.
     """
+    packed = isinstance(images, np.ndarray) and images.shape[1:] == IMAGE_SHAPE
+    if mode == "auto" and packed and look_like_mnist(np.asarray(images)).all():  # as most are
+        return as_they_are(np.asarray(images))
     result = as_they_are(np.zeros((count, *IMAGE_SHAPE), np.uint8))
     for place, image in enumerate(images):
         if place == 0 and image.dtype != np.uint8:

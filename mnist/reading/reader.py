@@ -1,6 +1,7 @@
 """From the ink of pages to the numbers on them: lines, numbers and digits inside one another."""
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -11,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mnist.distributed import World
+from mnist.evaluation.predictor import Predictor, load
 from mnist.evaluation.scoring import predict
-from mnist.model import MLP, load_model
+from mnist.model import MLP
 from mnist.pictures import Frame
 from mnist.reading.decode import Found, candidates, decode
 from mnist.reading.ink import Ink, find_ink
@@ -122,20 +124,24 @@ class Page:
         return "\n".join(line.text for line in self.lines)
 
 
-def read(photo: str | Path, model: MLP | str | Path) -> list[Page]:
+def read(
+    photo: str | os.PathLike[str], model: Predictor | MLP | str | os.PathLike[str]
+) -> list[Page]:
     """What is written on a photo or scan: pages, lines, numbers and digits inside one another, each
     with its text, confidence and box. This is ``mnist.read``.
 
     Args:
         photo: an image file; every frame of a TIFF is a page.
-        model: one that ``load_model`` has loaded, or its file.
+        model: what ``mnist.load`` gives, or what it takes.
 
     Raises:
         InputError: the photo or the model cannot be read.
     """
-    loaded = model if isinstance(model, MLP) else load_model(Path(model))
-    frames = list(load_pages(Path(photo)))
-    return read_pages(frames, lambda images: predict(loaded, images, World()))
+    if not isinstance(model, MLP | Predictor):
+        model = load(model)
+    network = model if isinstance(model, MLP) else model.network
+    frames = list(load_pages(Path(photo).expanduser()))
+    return read_pages(frames, lambda images: predict(network, images, World()))
 
 
 def read_pages(frames: Sequence[Frame], score: Scorer) -> list[Page]:

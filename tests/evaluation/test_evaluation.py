@@ -377,7 +377,7 @@ MISTAKES = {
         "--split validation takes --run",
     ),
     "no such run": (["--run", "runs/none"], "--run runs/none: no such run folder"),
-    "a run without weights": (["--run", "empty"], "--run empty: has no weights"),
+    "a run without weights": (["--run", "empty"], "empty: has no weights"),
     "no such model": (["--model", "none", "--images", "good.npy"], "none: "),
     "not a model": (["--model", "good.npy", "--images", "good.npy"], "good.npy: "),
     "no such images": (["--model", "M", "--images", "none"], "none: "),
