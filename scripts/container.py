@@ -1,7 +1,7 @@
 """Process 1 of the container: runs a command, passes signals on, ends when all processes have.
 
 docker run IMAGE [OPTIONS]                    scripts/train OPTIONS
-docker run IMAGE train|evaluate|read|test|bench …  the script of that name
+docker run IMAGE train|evaluate|read|export|test|bench …  the script of that name
 docker run IMAGE COMMAND …                    any other command
 
 Needed because the kernel drops a signal that process 1 has no handler for, and kills all others
@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 
 _SCRIPTS = Path(__file__).parent
-_NAMES = ("train", "evaluate", "read", "test", "bench")
+_NAMES = ("train", "evaluate", "read", "export", "test", "bench")
 _PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1)
 _PATIENCE_SECONDS = 60
 

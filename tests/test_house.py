@@ -18,7 +18,7 @@ MODULES = {
 # may use those below, and none above or beside it.
 FLOORS = [
     {"jobs", "launch", "sweep", "tracking"},  # the last two are commands of earlier versions
-    {"training", "reading"},
+    {"training", "reading", "export"},
     {"evaluation"},
     {"runs", "model", "normaliser"},
     {"data", "fetch", "distributed", "figures", "pace"},
