@@ -3,7 +3,10 @@
 import atexit
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -44,3 +47,39 @@ def good_dir(data_dir: Path, tmp_path: Path) -> Path:
         except OSError:
             shutil.copyfile(file, raw / file.name)
     return tmp_path / "data"
+
+
+@pytest.fixture(scope="session")
+def fast_run(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two epochs of recipe fast; tests read it and never write to it."""
+    runs = tmp_path_factory.mktemp("fast")
+    job = Path(__file__).parents[1] / "jobs" / "train.py"
+    options = ["--recipe", "fast", "--epochs", "2", "--run-name", "fast", "--evaluate", "none"]
+    places = ["--data-dir", str(data_dir), "--runs-dir", str(runs)]
+    subprocess.run(
+        [sys.executable, job, *options, *places], check=True, capture_output=True, timeout=100
+    )
+    return runs / "fast"
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """Opens a page in headless Chromium, and gives what that prints; nothing may be on its
+    console."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    program = next(filter(None, map(shutil.which, names)), None)
+    if program is None:
+        pytest.skip(f"no browser: none of {', '.join(names)} is installed")
+    profile = tmp_path_factory.mktemp("profile")
+
+    def browse(source: str, *options: str) -> str:
+        path = profile / "page.html"
+        path.write_text(source)
+        command = [program, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+        command += [f"--user-data-dir={profile / 'user'}", "--enable-logging=stderr", *options]
+        done = subprocess.run([*command, path.as_uri()], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        assert "CONSOLE" not in done.stderr, done.stderr
+        return done.stdout
+
+    return browse

@@ -218,6 +218,8 @@ def _one(pixels: NDArray[np.uint8], mode: Mode) -> Prepared:
 
 
 def _of_array(array: NDArray[Any], mode: Mode) -> Iterator[Prepared]:
+    from PIL import Image
+
     if array.ndim == 4 and array.shape[1] == 1:  # channels first, as torch has them
         array = array[:, 0]
     if array.ndim == 2 and array.shape[1] == 784 and len(array) != 784:
@@ -232,7 +234,7 @@ def _of_array(array: NDArray[Any], mode: Mode) -> Iterator[Prepared]:
             values = flat.images(place, place + 1).reshape(colours.shape[1:])
             if values.dtype != np.uint8:
                 values = np.rint(values * 255).astype(np.uint8)
-            yield _one(values, mode)
+            yield from _prepared(Image.fromarray(values), mode)
         return
     if array.ndim == 3 and not len(array):
         return

@@ -160,7 +160,6 @@ function answer() {
     : sure
       ? `${percent(probabilities[best])} sure`
       : `In doubt: ${percent(probabilities[best])} sure, or a ${second}, or no digit`;
-  field.disabled = false;
   for (const id of ["undo", "clear"]) document.getElementById(id).disabled = !strokes.length;
   return { image, probabilities };
 }

@@ -1,19 +1,13 @@
-// What mnist/normaliser.py does, for one digit. Ink is 0 to 255, in rows of `width` pixels.
+// What mnist/normaliser.py does, for one digit that a pen of 20 pixels or more has drawn: what is
+// smaller, and has to be enlarged there, does not come about here.
 "use strict";
 
-const INK_SIZE = 20, IMAGE_SIZE = 28, LEAST_BOX = 10, COVERED = 0.99, FINER = 4, EDGE = 1e-11;
+const INK_SIZE = 20, IMAGE_SIZE = 28, COVERED = 0.99, EDGE = 1e-11;
 
-/** MNIST's 28×28 of a drawing's ink, or null where there is none. */
+/** MNIST's 28×28 of a drawing's ink, 0 to 255 in rows of `width` pixels; null where there is none. */
 function normalise(ink, width, height) {
-  let square = cutOut(ink, width, height);
-  if (!square) return null;
-  let side = Math.sqrt(square.length);
-  if (side < INK_SIZE && isStepped(square)) {
-    const smooth = smoothed(square, side);
-    square = cutOut(smooth, FINER * (side + 2), FINER * (side + 2));
-    side = Math.sqrt(square.length);
-  }
-  return place(resample(square, side));
+  const square = cutOut(ink, width, height);
+  return square && place(resample(square, Math.sqrt(square.length)));
 }
 
 /** The ink's box, squared around its middle; null where there is none. */
@@ -29,7 +23,7 @@ function cutOut(ink, width, height) {
     }
   }
   if (bottom < 0) return null;
-  const tall = bottom - top + 1, wide = right - left + 1, side = Math.max(tall, wide, LEAST_BOX);
+  const tall = bottom - top + 1, wide = right - left + 1, side = Math.max(tall, wide);
   const down = (side - tall) >> 1, across = (side - wide) >> 1;
   const square = new Float32Array(side * side);
   for (let y = 0; y < tall; y++) {
@@ -39,39 +33,10 @@ function cutOut(ink, width, height) {
   return square;
 }
 
-/** Whether there is no ink but full ink. */
-function isStepped(square) {
-  const full = square.reduce((most, value) => Math.max(most, value), 0);
-  return square.every(value => value === 0 || value === full);
-}
-
-/** With a pixel more around, enlarged with linear interpolation. */
-function smoothed(square, side) {
-  const padded = side + 2, size = FINER * padded, result = new Uint8Array(size * size);
-  const level = (y, x) => y < 1 || x < 1 || y > side || x > side || !square[(y - 1) * side + x - 1] ? 0 : 255;
-  const weigh = place => {
-    const at = (place + 0.5) / FINER - 0.5, first = Math.floor(at), share = at - first;
-    return [[first, 1 - share], [first + 1, share]];
-  };
-  for (let y = 0; y < size; y++) {
-    for (let x = 0; x < size; x++) {
-      let sum = 0;
-      for (const [row, down] of weigh(y)) {
-        for (const [column, across] of weigh(x)) sum += down * across * level(row, column);
-      }
-      const whole = Math.floor(sum), over = sum - whole; // halves to the even one
-      result[y * size + x] = over > 0.5 || (over === 0.5 && whole % 2) ? whole + 1 : whole;
-    }
-  }
-  return result;
-}
-
 /** How much of each of `side` pixels falls into each of the 20: triples of both and the share. */
 function shares(side) {
-  let doubled = side;
-  while (doubled < INK_SIZE) doubled *= 2;
-  const times = doubled / side, scale = INK_SIZE / doubled, found = [];
-  for (let pixel = 0; pixel < doubled; pixel++) {
+  const scale = INK_SIZE / side, found = [];
+  for (let pixel = 0; pixel < side; pixel++) {
     const start = scale * pixel, stop = scale * (pixel + COVERED);
     const first = Math.floor(start + EDGE), last = Math.ceil(stop - EDGE) - 1;
     for (let target = first; target <= last; target++) {
@@ -79,7 +44,7 @@ function shares(side) {
       if (first === last) share = scale;
       else if (target === first) share = first + 1 - start;
       else if (target === last) share = stop - last;
-      found.push([target, Math.floor(pixel / times), share]);
+      found.push([target, pixel, share]);
     }
   }
   return found;

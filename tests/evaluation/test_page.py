@@ -357,27 +357,6 @@ def test_long_runs_are_thinned():
 # --------------------------------------------------------------------------------- in a browser
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    names = ("chromium", "chromium-browser", "google-chrome")
-    program = next(filter(None, map(shutil.which, names)), None)
-    if program is None:
-        pytest.skip(f"no browser: none of {', '.join(names)} is installed")
-    profile = tmp_path_factory.mktemp("profile")
-
-    def browse(source, *options):
-        path = profile / "page.html"
-        path.write_text(source)
-        command = [program, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
-        command += [f"--user-data-dir={profile / 'user'}", "--enable-logging=stderr", *options]
-        done = subprocess.run([*command, path.as_uri()], capture_output=True, text=True, timeout=60)
-        assert done.returncode == 0, done.stderr
-        assert "CONSOLE" not in done.stderr, done.stderr
-        return done.stdout
-
-    return browse
-
-
 def test_nothing_is_wider_than_the_page(browser):
     frames, widths = "", [320, 360, 1200]
     for report in (FULL, NO_LABELS):
