@@ -14,8 +14,6 @@ from typing import Protocol, TypeVar, cast
 
 import psutil
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import parse_flag_from_env
 from torch import Tensor
 from torch import distributed as dist
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
@@ -161,6 +159,10 @@ def connect(
         InputError: the world is not the one asked for, or fp16 without a GPU.
         WorldError: a process did not come, or is gone.
     """
+    # 0.7 s, for which nobody waits who only predicts.
+    from accelerate import Accelerator, InitProcessGroupKwargs
+    from accelerate.utils import parse_flag_from_env
+
     if not gc.isenabled():
         # A job imports without garbage collection; what imports made need not be traversed again.
         gc.freeze()

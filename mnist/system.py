@@ -104,6 +104,13 @@ def stop_signals() -> list[signal.Signals]:
     return [n for n in numbers if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
 
 
+def shows_bars() -> bool:
+    """Whether standard error is a terminal on which progress is a bar. A notebook's cells look like
+    one to what they start, but keep every state of it."""
+    notebook = "JPY_PARENT_PID" in os.environ or "inline" in os.environ.get("MPLBACKEND", "")
+    return sys.stderr.isatty() and not notebook
+
+
 def open_terminals() -> list[int]:
     """The descriptors of output that is shown on a terminal."""
     return [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]

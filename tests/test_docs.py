@@ -21,6 +21,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import pytest
 
 from mnist.evaluation.config import EvaluateConfig, parse_evaluate_config
+from mnist.export.config import ExportConfig, parse_export_config
 from mnist.reading.config import ReadConfig, parse_read_config
 from mnist.training.config import RECIPES, TrainConfig, parse_train_config
 
@@ -192,7 +193,7 @@ DOCKER = {"--rm": False, "--read-only": False, "--user": True, "-v": True, "-t":
 DOCKER |= {"--gpus": True, "--network": True, "--tmpfs": True, "--shm-size": True}
 DOCKER |= {"--stop-timeout": True, "--build-arg": True, "--secret": True}
 # What else a block may begin a line with. A word that is unknown is a mistake.
-OTHERS = set("cd cp diff done for git mkdir pip scancel sha256sum tail wandb".split())
+OTHERS = set("cd cp diff done for git jupyter mkdir pip scancel sha256sum tail wandb".split())
 
 
 def check_line(line: str) -> None:
@@ -252,6 +253,8 @@ def check_script(name: str, words: list[str]) -> None:
         raise PageError(f"no such file: {name}")
     if name in ("scripts/train", "scripts/evaluate", "scripts/read"):
         check_job(f"jobs/{name.removeprefix('scripts/')}.py", without_launchers(words))
+    elif name == "scripts/export":
+        check_words(name, words)
     elif name == "slurm/pipeline.sh":
         of_sbatch = words[: words.index("--")] if "--" in words else []
         check_sbatch([*of_sbatch, "slurm/train.sbatch", *words[len(of_sbatch) :]])
@@ -268,8 +271,12 @@ def check_job(script: str, words: list[str]) -> None:
     if "--config" in words:  # a file that the reader has yet to write
         at = words.index("--config")
         words = words[:at] + words[at + 2 :]
-    if not words:
-        return
+    if words:
+        check_words(script, words)
+
+
+def check_words(script: str, words: list[str]) -> None:
+    """By its own parser."""
     try:
         # --help ends with 0; what is wrong is a ValueError.
         with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
@@ -453,6 +460,7 @@ PARSERS: dict[str, Callable[[list[str]], object]] = {
     "jobs/train.py": parse_train_config,
     "jobs/evaluate.py": parse_evaluate_config,
     "jobs/read.py": parse_read_config,
+    "scripts/export": parse_export_config,
 }
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "accelerate": check_launch,
@@ -555,6 +563,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "train options": lambda: option_table(TrainConfig, "jobs/train.py"),
     "evaluate options": lambda: option_table(EvaluateConfig, "jobs/evaluate.py"),
     "read options": lambda: option_table(ReadConfig, "jobs/read.py"),
+    "export options": lambda: option_table(ExportConfig, "scripts/export"),
     "recipes": recipe_table,
 }
 
@@ -583,7 +592,7 @@ def test_a_generated_table_is_the_codes_own(name):
 def test_a_table_has_the_options_that_help_lists(name, job):
     rows = re.findall(r"^\| `(--[a-z-]+)` \|", TABLES[name](), re.MULTILINE)
     listed = {o for o in options_of(job) if "--" + o.removeprefix("--no-") not in rows}
-    assert listed - set(rows) == {"--help"} and len(rows) == len(set(rows)) > 6
+    assert listed - set(rows) == {"--help"} and len(rows) == len(set(rows)) > 4
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Scoring: every image exactly once, by any number of processes, and their findings together."""
 
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -31,6 +30,7 @@ from mnist.evaluation.report import (
 from mnist.evaluation.suspicions import Suspicions, suspicion_warnings
 from mnist.model import MLP
 from mnist.pace import Pace
+from mnist.system import shows_bars
 
 # Processes exchange how far they are after so many batches: often enough for a progress display,
 # and so that none waits for another longer than a collective may take.
@@ -259,7 +259,7 @@ def predict(model: MLP, images: NDArray[Any], world: World) -> NDArray[Any]:
 def _progress(total: int, shown: bool) -> Iterator[Callable[[int], None]]:
     """Shows how many images are scored: a bar on a terminal, elsewhere a line now and then."""
     started = said = time.perf_counter()
-    terminal = sys.stderr.isatty()
+    terminal = shows_bars()
     disabled = not (shown and terminal)
     with tqdm(total=total, unit=" images", unit_scale=True, disable=disabled, leave=False) as bar:
 

@@ -5,7 +5,6 @@ import itertools
 import json
 import math
 import os
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -33,7 +32,7 @@ from mnist.reading.readings import ACCEPTED, describe, is_ours, scored, write_ro
 from mnist.reading.truth import Score, read_truth
 from mnist.runs.checkpoint import enclosing_checkpoint
 from mnist.runs.environment import environment
-from mnist.system import flush_to_disk, sha256, write_file
+from mnist.system import flush_to_disk, sha256, shows_bars, write_file
 
 _ROUND = 16  # files that a process reads between two words with the others
 _TOGETHER = 4_000_000  # pixels of pages that are read in one batch: one large photo, or many crops
@@ -204,7 +203,7 @@ def _read_some(
 
 
 def _progress(total: int, world: World) -> "tqdm[Any]":
-    shown = world.is_main and sys.stderr.isatty()
+    shown = world.is_main and shows_bars()
     return tqdm(total=total, unit=" files", disable=not shown, leave=False)
 
 

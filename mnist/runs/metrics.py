@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from mnist.cli import InputError
-from mnist.system import warn
+from mnist.system import shows_bars, warn
 
 KEYS = frozenset("step epoch images train/loss train/accuracy images_per_second".split())
 """What every row has; see ``training.fit``."""
@@ -54,8 +54,8 @@ class Tracker:
         self._epoch = _nothing()
         for row in rows:
             self._count(row)
-        terminal = sys.stderr.isatty()
-        self._bar = tqdm(total=steps, initial=step, unit="step", disable=not terminal, leave=False)
+        hidden = not shows_bars()
+        self._bar = tqdm(total=steps, initial=step, unit="step", disable=hidden, leave=False)
 
     @property
     def bytes(self) -> int:
