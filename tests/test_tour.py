@@ -28,6 +28,7 @@ def executed(place: Path, data_dir: Path) -> nbformat.NotebookNode:
         kernel_name="python3",  # of this environment
         resources={"metadata": {"path": place / "docs"}},
         record_timing=False,
+        coalesce_streams=True,
     )
     client.execute()
     for cell in notebook.cells:
