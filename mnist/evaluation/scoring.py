@@ -87,7 +87,11 @@ def score(
         world.threads if world.device.type == "cpu" else 1,
         lambda: [torch.from_numpy(predict(model, _noise(size), world)) for size in sizes],
     )
-    with closing(pace), scorer, _progress(len(inputs), world.is_main) as show:
+    with (
+        closing(pace),
+        scorer,
+        progress(len(inputs), "images", "scored", shown=world.is_main) as show,
+    ):
         world.from_all(scorer.open, prepares=True)
         for turn in range(rounds):
 
@@ -256,22 +260,40 @@ def predict(model: MLP, images: NDArray[Any], world: World) -> NDArray[Any]:
 
 
 @contextmanager
-def _progress(total: int, shown: bool) -> Iterator[Callable[[int], None]]:
-    """Shows how many images are scored: a bar on a terminal, elsewhere a line now and then."""
-    started = said = time.perf_counter()
-    terminal = shows_bars()
-    disabled = not (shown and terminal)
-    with tqdm(total=total, unit=" images", unit_scale=True, disable=disabled, leave=False) as bar:
+def progress(
+    total: int, noun: str, verb: str, *, begun: int = 0, shown: bool = True
+) -> Iterator[Callable[[int], None]]:
+    """Shows how much is done: a bar on a terminal, elsewhere a line now and then.
 
-        def show(scored: int) -> None:
+    Args:
+        total: how many there are.
+        noun: what they are, in the plural.
+        verb: what is done to them, in the past.
+        begun: how many were done before.
+        shown: whether at all.
+    """
+    started = said = time.perf_counter()
+    bars = shows_bars()
+    disabled = not (shown and bars)
+    with tqdm(
+        total=total,
+        initial=begun,
+        unit=f" {noun}",
+        unit_scale=True,
+        disable=disabled,
+        leave=False,
+        dynamic_ncols=True,
+    ) as bar:
+
+        def show(done: int) -> None:
             nonlocal said
-            bar.update(scored - bar.n)
+            bar.update(done - bar.n)
             now = time.perf_counter()
-            if shown and not terminal and now - said > _SECONDS_BETWEEN_LINES:
-                said, speed = now, scored / (now - started)
+            if shown and not bars and now - said > _SECONDS_BETWEEN_LINES and done > begun:
+                said, speed = now, (done - begun) / (now - started)
                 print(
-                    f"scored {scored:,} of {total:,} images, {speed:,.0f} images/s, "
-                    f"{(total - scored) / speed:,.0f} s left",
+                    f"{verb} {done:,} of {total:,} {noun}, {speed:,.{0 if speed > 20 else 1}f} "
+                    f"{noun}/s, {(total - done) / speed:,.0f} s left",
                     flush=True,
                 )
 

@@ -18,7 +18,9 @@ class ReadConfig:
     """
 
     photos: Positional[tuple[Path, ...]] = ()
-    """Image files, of any size and look, and folders of them."""
+    """Image files, of any size and look, folders of them, and patterns such as 'scans/*.png'."""
+    files_from: Path | None = None
+    """A file that lists photos, one on each line, or each ended by a NUL byte."""
     run: Path | None = None
     """Run folder: its final model or, of an unfinished run, its newest good checkpoint."""
     model: Path | None = None
@@ -47,7 +49,7 @@ class ReadConfig:
             )
         if self.run is not None and self.model is not None:
             raise InputError("give one of --run FOLDER or --model FILE")
-        if not self.photos:
+        if not self.photos and self.files_from is None:
             raise InputError("name the photos to read: files, or folders of them")
 
 

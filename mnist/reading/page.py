@@ -20,10 +20,13 @@ from mnist.reading.reader import Page
 
 MOST_SHOWN = 100
 """Pages with their pictures."""
+MOST_BYTES = 19_000_000
+"""Of the whole page."""
 
 _LONGEST = 900  # pixels of a picture
 _QUALITY = 72
 _MOST_DIGITS = 400  # whose 28×28 are shown, of a page
+_MOST_ERRORS = 200  # files that could not be read, by name
 
 
 @dataclass(frozen=True)
@@ -35,10 +38,22 @@ class Shown:
     page: int
     """Which page of that file, from 0."""
     urgency: float
+    sha256: str | None
+    """Of the file that it was read from, if that could be read whole."""
     picture: str
     """Of the page, as a data URI: encoded anew, without what a camera writes into a file."""
     digits: list[str]
     """What the network saw, as data URIs, in reading order."""
+
+    @property
+    def rank(self) -> tuple[float, int, int]:
+        """By which pages are sorted; no two are equal."""
+        return rank_of(self.urgency, self.file, self.page)
+
+
+def rank_of(urgent: float, file: int, page: int) -> tuple[float, int, int]:
+    """The more urgent a page, the lower; then by its place."""
+    return -urgent, file, page
 
 
 def urgency(page: Page, described: dict[str, Any]) -> float:
@@ -52,7 +67,9 @@ def urgency(page: Page, described: dict[str, Any]) -> float:
     return doubt + bool(described["warnings"])
 
 
-def show(page: Page, frame: Frame, urgent: float, place: tuple[int, int]) -> Shown:
+def show(
+    page: Page, frame: Frame, urgent: float, place: tuple[int, int], sha256: str | None
+) -> Shown:
     """What the page needs of a page that was read.
 
     Args:
@@ -60,22 +77,24 @@ def show(page: Page, frame: Frame, urgent: float, place: tuple[int, int]) -> Sho
         frame: its pixels.
         urgent: its urgency.
         place: which file, and which page of it.
+        sha256: of the file.
     """
     images = [_data_uri(255 - digit.image, "PNG") for digit in page.digits[:_MOST_DIGITS]]
     pixels = np.rot90(frame.pixels, page.turned)
     picture = _data_uri(_reduced(pixels), "JPEG")
-    return Shown(*place, urgent, picture, images)
+    return Shown(*place, urgent, sha256, picture, images)
 
 
 def most_urgent(shown: Iterable[Shown]) -> list[Shown]:
     """As many as a page shows, those first that need a look most."""
-    return heapq.nsmallest(MOST_SHOWN, shown, key=lambda s: (-s.urgency, s.file, s.page))
+    return heapq.nsmallest(MOST_SHOWN, shown, key=lambda one: one.rank)
 
 
 def render_page(
     report: dict[str, Any], records: dict[int, dict[str, Any]], shown: list[Shown]
 ) -> str:
-    """The whole page, self-contained, without scripts.
+    """The whole page, self-contained, without scripts, of at most ``MOST_BYTES``: what does not fit
+    is left out from the end.
 
     Args:
         report: what ``readings.json`` holds.
@@ -95,8 +114,12 @@ def render_page(
         }
         for one in shown
     ]
-    page = environment.get_template("readings.html").render(report=report, pages=pages)
-    return page.encode(errors="replace").decode()  # a file's name need not be valid Unicode
+    template = environment.get_template("readings.html")
+    page: str = template.render(report=report, pages=pages, most_errors=_MOST_ERRORS)
+    page = page.encode(errors="replace").decode()  # a file's name need not be valid Unicode
+    if len(page.encode()) > MOST_BYTES and shown:
+        return render_page(report, records, shown[: len(shown) * 3 // 4])
+    return page
 
 
 def _reduced(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:

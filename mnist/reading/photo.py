@@ -1,5 +1,6 @@
 """Which files are to be read, and their pages."""
 
+import glob
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,24 +17,56 @@ LONGEST = 2000
 digits of 4 mm these are 28 high."""
 
 
-def find_photos(named: Sequence[Path]) -> list[Path]:
-    """The files that are named, and those of folders that are named, each once.
+def find_photos(named: Sequence[Path], listed: Path | None = None) -> list[str]:
+    """The files that are named, those of folders and patterns that are named, and those of a list,
+    each once.
+
+    Args:
+        named: files, folders, or patterns such as ``scans/*.png`` that no shell has expanded.
+        listed: a file of paths, one a line, or each ended by a NUL byte, as ``find -print0`` does.
 
     Raises:
-        InputError: a folder holds no image files, or cannot be read.
+        InputError: a folder or the list holds no image files, or cannot be read.
     """
-    photos: dict[Path, Path] = {}
-    for path in named:
-        found = _inside(path) if path.is_dir() else [path]
+    photos: dict[str, str] = {}
+    for path in [*named, *(_of_list(listed) if listed else ())]:
+        if path.is_dir():
+            found = _inside(path)
+        elif not path.exists() and glob.has_magic(str(path)):
+            matches = [Path(match) for match in glob.glob(str(path), recursive=True)]
+            found = sorted(
+                photo
+                for match in matches
+                for photo in (_inside(match) if match.is_dir() else [str(match)])
+                if _is_photo(match.name) or match.is_dir()
+            )
+        else:
+            found = [str(path)]
         if not found:
             suffixes = " ".join(sorted(IMAGE_SUFFIXES))
             raise InputError(f"{path}: no image files in it ({suffixes})")
         for photo in found:
-            photos.setdefault(photo.resolve(), photo)
+            photos.setdefault(os.path.realpath(photo), photo)
     return list(photos.values())
 
 
-def _inside(folder: Path) -> list[Path]:
+def _of_list(listed: Path) -> list[Path]:
+    try:
+        content = listed.read_bytes()
+    except OSError as error:
+        raise InputError(f"--files-from {listed}: {error.strerror}") from None
+    lines = content.split(b"\0") if b"\0" in content else content.splitlines()
+    found = [Path(os.fsdecode(line)) for line in lines if line.strip()]
+    if not found:
+        raise InputError(f"--files-from {listed}: expected a path on each line, found none")
+    return found
+
+
+def _is_photo(name: str) -> bool:
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+
+
+def _inside(folder: Path) -> list[str]:
     """Image files at any depth, sorted as plain strings; nothing that is hidden."""
 
     def refuse(error: OSError) -> None:
@@ -42,12 +75,8 @@ def _inside(folder: Path) -> list[Path]:
     found = []
     for parent, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".") and name != "__MACOSX"]
-        found += [
-            Path(parent, name)
-            for name in names
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
-        ]
-    return sorted(found, key=str)
+        found += [os.path.join(parent, name) for name in names if _is_photo(name)]
+    return sorted(found)
 
 
 def load_pages(photo: Path) -> Iterator[Frame]:

@@ -86,7 +86,7 @@ def open_run_folder(
         if not fresh and _is_complete(folder, settings):
             return Start(complete=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _hold(folder, stack)
+        hold(folder, stack)
         if fresh and not _is_restart():
             _check_is_run(folder)
             if folder.exists():
@@ -182,21 +182,36 @@ def _check_is_run(folder: Path) -> None:
         raise InputError(f"{folder} is not a run folder; choose another --run-name")
 
 
-def _hold(folder: Path, stack: ExitStack) -> None:
-    """Lock the run; the system releases the lock even when this process is killed."""
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+def hold(
+    folder: Path,
+    stack: ExitStack,
+    other: str = "choose another --run-name",
+    place: Path | None = None,
+) -> None:
+    """Lock a folder; the system releases the lock even when this process is killed.
+
+    Args:
+        folder: to lock.
+        stack: holds the lock until it is closed.
+        other: what else a user can do where it is in use.
+        place: the folder of the lock; by default that in which ``folder`` lies.
+
+    Raises:
+        InputError: it stays in use for 10 s.
+    """
+    lock = FileLock((place or folder.parent) / f".{folder.name}.lock")
     try:
         stack.enter_context(lock.acquire(timeout=_LOCK_SECONDS))
     except Timeout:
         raise InputError(
-            f"{folder} is in use by another process; wait for its end, or choose another --run-name"
+            f"{folder} is in use by another process; wait for its end, or {other}"
         ) from None
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
         warn(
             f"{folder.parent}: its file system has no locks ({error.strerror}); do not start this "
-            "run twice at once"
+            "twice at once"
         )
 
 

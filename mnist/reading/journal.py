@@ -1,0 +1,235 @@
+"""What a reading has done so far, kept in its folder: one that was killed goes on from there.
+
+OUTPUT/.unfinished-IDENTITY/
+    identity.json        what is read by what; another list, model or setting is another reading
+    files                the paths, each ended by a NUL byte
+    00003-00001.records  of the third start, by its rank 1: a line for each file that is read
+    00003-00001.shown    pictures of the pages that were the most urgent so far
+
+Lines are appended, pictures before the record of their file, and nothing is changed in place. So
+a kill costs no more than what was being read; a line that was cut short is no line.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mnist.cli import InputError
+from mnist.reading.page import Shown, most_urgent
+from mnist.system import sha256, write_file
+
+_PREFIX = ".unfinished-"
+Stat = list[int]
+
+
+class Journal:
+    """The folder, as one process sees it."""
+
+    def __init__(self, folder: Path, photos: Sequence[str]) -> None:
+        self.folder, self.photos = folder, photos
+
+    @classmethod
+    def begin(cls, output: Path, photos: Sequence[str], identity: dict[str, Any]) -> "Journal":
+        """Make it, or find what an earlier start of the same reading has left.
+
+        Raises:
+            InputError: it cannot be written.
+        """
+        known = {**identity, "subject": subject_of(photos)}
+        text = json.dumps(known, sort_keys=True)
+        folder = output / (_PREFIX + hashlib.sha256(text.encode()).hexdigest()[:12])
+        with writing(folder):
+            if not (folder / "identity.json").exists():
+                folder.mkdir(parents=True, exist_ok=True)
+                listed = b"".join(os.fsencode(photo) + b"\0" for photo in photos)
+                write_file(folder / "files", listed)
+                write_file(folder / "identity.json", text)
+        return cls(folder, photos)
+
+    @classmethod
+    def join(cls, folder: Path) -> "Journal":
+        """As another process has begun it."""
+        with writing(folder):
+            listed = (folder / "files").read_bytes().split(b"\0")[:-1]
+        return cls(folder, [os.fsdecode(photo) for photo in listed])
+
+    def starts(self) -> int:
+        """How many there were."""
+        return max((int(part.name[:5]) for part in self.folder.glob("*.records")), default=0)
+
+    def index(self) -> "Index":
+        """Where the last record of each file is."""
+        return Index(self.folder, len(self.photos))
+
+    def remaining(self, index: "Index") -> NDArray[np.int64]:
+        """Which files are still to be read: those without a record, and those that have changed."""
+        todo = [
+            place
+            for place, photo in enumerate(self.photos)
+            if not index.has(place) or has_changed(photo, index.record(place))
+        ]
+        return np.array(todo, np.int64)
+
+    def shown(self, index: "Index") -> list[Shown]:
+        """The most urgent pages, of files as they were read last."""
+        found: dict[tuple[int, int], Shown] = {}
+        for part in sorted(self.folder.glob("*.shown")):
+            for line in _lines(part):
+                one = Shown(**json.loads(line))
+                if index.has(one.file) and index.record(one.file)["sha256"] == one.sha256:
+                    found[one.file, one.page] = one
+            found = {(one.file, one.page): one for one in most_urgent(found.values())}
+        return most_urgent(found.values())
+
+    def remove(self) -> None:
+        """The reading is complete."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class Index:
+    """By place among all files, where its last record is; 12 bytes each, as there may be
+    millions."""
+
+    def __init__(self, folder: Path, count: int) -> None:
+        self._parts = sorted(folder.glob("*.records"))
+        self._part, self._start = np.full(count, -1, np.int32), np.zeros(count, np.int64)
+        self._open = [part.open("rb") for part in self._parts]
+        for number, part in enumerate(self._parts):
+            start = 0
+            for line in _lines(part):
+                place = int(line.partition(b"\t")[0])
+                self._part[place], self._start[place] = number, start
+                start += len(line)
+
+    def __enter__(self) -> "Index":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for part in self._open:
+            part.close()
+
+    def has(self, place: int) -> bool:
+        """Whether a file has a record."""
+        return bool(self._part[place] >= 0)
+
+    def record(self, place: int) -> dict[str, Any]:
+        """What was read of a file."""
+        part = self._open[self._part[place]]
+        part.seek(int(self._start[place]))
+        record: dict[str, Any] = json.loads(part.readline().partition(b"\t")[2])
+        return record
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """Of all files, in their order."""
+        return (self.record(place) for place in range(len(self._part)))
+
+
+class Writer:
+    """One process's part of one start."""
+
+    def __init__(self, folder: Path, start: int, rank: int) -> None:
+        self._stem = folder / f"{start:05d}-{rank:05d}"
+
+    def __enter__(self) -> "Writer":
+        with writing(self._stem):
+            self._shown = self._stem.with_suffix(".shown").open("ab")
+            self._records = self._stem.with_suffix(".records").open("ab")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with suppress(OSError):
+            self._shown.close()
+            self._records.close()
+
+    def add(self, records: dict[int, dict[str, Any]], shown: Sequence[Shown]) -> None:
+        """What was read of some files, by place, and what of it may be shown.
+
+        Raises:
+            InputError: the disk is full.
+        """
+        with writing(self._stem):
+            for one in shown:
+                self._shown.write(json.dumps(one.__dict__).encode() + b"\n")
+            self._shown.flush()
+            for place, record in records.items():
+                self._records.write(b"%d\t%b\n" % (place, json.dumps(record).encode()))
+            self._records.flush()
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around what writes there: what the system refuses is an InputError."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{path}: {error.strerror}; what was read before is kept; --output-dir takes storage "
+            "with enough space that all processes share"
+        ) from None
+
+
+def subject_of(photos: Sequence[str]) -> str:
+    """What tells these photos from others: their paths."""
+    digest = hashlib.sha256()
+    for photo in photos:
+        digest.update(os.fsencode(os.path.realpath(photo)) + b"\0")
+    return digest.hexdigest()
+
+
+def unfinished(output: Path) -> list[dict[str, Any]]:
+    """The identities of the readings that a folder has begun."""
+    found = []
+    for path in sorted(output.glob(f"{_PREFIX}*/identity.json")):
+        with suppress(OSError, ValueError):
+            found.append(json.loads(path.read_bytes()))
+    return found
+
+
+def stat_of(photo: str) -> Stat | None:
+    """Size and times of a file, by which a change is noticed."""
+    try:
+        found = os.stat(photo)
+    except OSError:
+        return None
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+
+
+def has_changed(photo: str, record: dict[str, Any]) -> bool:
+    """Whether a file is no more what was read. Its bytes decide, where its times differ: a copy
+    has others."""
+    found = stat_of(photo)
+    if found == record["stat"]:
+        return False
+    if found is None or record["stat"] is None or found[0] != record["stat"][0]:
+        return True
+    try:
+        return record["sha256"] is None or sha256(Path(photo)) != record["sha256"]
+    except OSError:
+        return True
+
+
+def _lines(part: Path) -> Iterator[bytes]:
+    """Whole ones."""
+    with part.open("rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                yield line

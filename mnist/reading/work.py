@@ -1,0 +1,167 @@
+"""Reading: every photo exactly once, by any number of processes, each as fast as it can.
+
+Photos are handed out a few at a time by a counter that the processes share, so that none waits for
+another. What is read goes into the journal at once.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mnist.cli import InputError
+from mnist.distributed import World
+from mnist.evaluation.scoring import predict, progress
+from mnist.model import MLP, Doubt
+from mnist.pictures import Frame
+from mnist.reading.journal import Journal, Writer, stat_of
+from mnist.reading.page import MOST_SHOWN, Shown, most_urgent, rank_of, show, urgency
+from mnist.reading.photo import load_pages
+from mnist.reading.reader import Scorer, read_pages
+from mnist.reading.readings import describe
+from mnist.system import StopRequest, sha256
+
+_AT_ONCE = 32  # files that a process takes at most
+_TOGETHER = 4_000_000  # pixels of pages that are read in one batch: one large photo, or many crops
+_ENDED = 1 << 40  # of the counter: more than there are files
+
+
+def read_share(
+    model: MLP,
+    journal: Journal,
+    todo: NDArray[np.int64],
+    shown: list[Shown],
+    start: int,
+    world: World,
+    stop: StopRequest,
+) -> int:
+    """Read photos until none is left, or this process is asked to stop.
+
+    Args:
+        model: on the world's device, in its precision.
+        journal: where the readings go.
+        todo: places of the files to read; the same on every rank.
+        shown: the most urgent pages of those that were read before.
+        start: the number of this start.
+        world: the processes that share the work.
+        stop: which any of them may hear.
+
+    Returns:
+        How many files have been read, by all processes.
+
+    Raises:
+        InputError: the journal cannot be written.
+    """
+    parts = list(portions(len(todo), world.size))
+    claim, done, over = (world.counter(f"{start} {name}") for name in ("claim", "done", "over"))
+    together = _TOGETHER if world.precision == torch.float32 and world.device.type == "cpu" else 0
+    reader = _Reader(model, world, together, shown)
+    before = len(journal.photos) - len(todo)
+    count = len(journal.photos)
+    with (
+        Writer(journal.folder, start, world.rank) as writer,
+        progress(count, "files", "read", begun=before, shown=world.is_main) as show_done,
+    ):
+        while (turn := claim(1) - 1) < len(parts):
+            places = todo[parts[turn]].tolist()
+            records = reader.read([journal.photos[place] for place in places], places, stop)
+            writer.add(dict(zip(places, records, strict=False)), reader.fresh())
+            show_done(before + done(len(records)))
+            if stop.requested:
+                claim(_ENDED)  # for all
+        # Not in a collective: another's last photo may take longer than that would wait.
+        over(1)
+        while over(0) < world.size:
+            if stop.requested:
+                claim(_ENDED)
+            show_done(before + done(0))
+            time.sleep(0.05)
+    return before + done(0)
+
+
+def portions(count: int, size: int) -> Iterator[slice]:
+    """Which of so many files are taken at once; fewer towards the end, so that all processes end
+    together."""
+    start = 0
+    while start < count:
+        stop = start + min(_AT_ONCE, max(1, (count - start) // (4 * size)))
+        yield slice(start, stop)
+        start = stop
+
+
+class _Reader:
+    """Reads files, and keeps pictures of the pages that need a look most."""
+
+    def __init__(self, model: MLP, world: World, together: int, shown: list[Shown]) -> None:
+        self._doubt: Doubt | None = model.doubt
+        self._score: Scorer = lambda images: predict(model, images, world)
+        # Where the bits of a prediction depend on what else is predicted, pages stay alone.
+        self._together = together
+        self._kept, self._fresh = shown, list[Shown]()
+
+    def fresh(self) -> list[Shown]:
+        """Pages that may be shown, since the last call."""
+        fresh, self._fresh = self._fresh, []
+        return fresh
+
+    def read(
+        self, photos: Sequence[str], places: Sequence[int], stop: StopRequest
+    ) -> list[dict[str, Any]]:
+        """The record of each of these files, or of the first few if asked to stop.
+
+        Args:
+            photos: their paths.
+            places: among all files.
+            stop: the request.
+        """
+        records: list[dict[str, Any]] = [
+            {"file": photo, "pages": [], "error": None, "sha256": None, "stat": stat_of(photo)}
+            for photo in photos
+        ]
+        waiting: list[tuple[int, Frame]] = []
+        pixels = 0
+        for which, record in enumerate(records):
+            if stop.requested:
+                del records[which:]
+                break
+            try:
+                record["sha256"] = sha256(Path(photos[which]))
+                for frame in load_pages(Path(photos[which])):
+                    waiting.append((which, frame))
+                    pixels += math.prod(frame.pixels.shape[:2])
+                    if pixels > self._together:
+                        self._read(waiting, records, places)
+                        pixels = 0
+            except InputError as damaged:
+                record["error"] = str(damaged).removeprefix(f"{photos[which]}: ")
+            except OSError as error:
+                record["error"] = f"cannot be read as an image: {error.strerror}"
+        self._read(waiting, records, places)
+        for record in records:
+            if record["stat"] != stat_of(record["file"]):  # changed while it was read
+                record["stat"] = [-1]
+        return records
+
+    def _read(
+        self,
+        waiting: list[tuple[int, Frame]],
+        records: list[dict[str, Any]],
+        places: Sequence[int],
+    ) -> None:
+        pages = read_pages([frame for _, frame in waiting], self._score)
+        for (which, frame), page in zip(waiting, pages, strict=True):
+            record = records[which]
+            described = describe(page, self._doubt)
+            place = places[which], len(record["pages"])
+            record["pages"].append(described)
+            urgent = urgency(page, described)
+            if len(self._kept) < MOST_SHOWN or rank_of(urgent, *place) < self._kept[-1].rank:
+                one = show(page, frame, urgent, place, record["sha256"])
+                self._kept = most_urgent([*self._kept, one])
+                self._fresh.append(one)
+        waiting.clear()
