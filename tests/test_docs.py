@@ -350,7 +350,7 @@ def check_sbatch(words: list[str]) -> None:
     words = [word for word in words if word != "--"]
     several = [word.split(",") if script == "slurm/sweep.sbatch" else [word] for word in words]
     for i in range(max(map(len, several), default=0)):  # every value of a grid once
-        job = "jobs/evaluate.py" if script == "slurm/evaluate.sbatch" else "jobs/train.py"
+        job = f"jobs/{Path(script).stem}.py".replace("sweep", "train")
         check_job(job, [values[i % len(values)] for values in several])
 
 

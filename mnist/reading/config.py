@@ -30,11 +30,18 @@ class ReadConfig:
     (a slash between lines, a space between numbers)."""
     output_dir: Path | None = None
     """Where the files go; by default readings/ beside the model, with a folder per input."""
+    hocr: bool = False
+    """Write readings.hocr as well: pages, lines and numbers for programs that read hOCR."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
     """Of the matrix products; auto: the launcher's, else bf16 where it is native."""
     threads: int | None = None
     """CPU threads per process; by default all cores this process may use, shared by the
     processes of a machine."""
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """Whether the run there gets counts and scores; auto: WANDB_MODE, else online if a key is
+    configured, else offline, in the run's folder. Of a finished --run only."""
+    wandb_photos: bool = False
+    """Send readings.html there as well, which shows the photos."""
     expect_world_size: int | None = None
     """Stop unless exactly this many processes read together."""
 

@@ -19,6 +19,7 @@ from mnist.distributed import World, connect
 from mnist.evaluation.job import Weights, find_weights, refuse_missing
 from mnist.model import MLP, Doubt, load_model
 from mnist.reading.config import ReadConfig
+from mnist.reading.hocr import SYSTEM, write_hocr
 from mnist.reading.journal import Index, Journal, subject_of, unfinished, writing
 from mnist.reading.page import Shown, render_page
 from mnist.reading.photo import find_photos
@@ -28,6 +29,7 @@ from mnist.reading.work import read_share
 from mnist.runs.checkpoint import enclosing_checkpoint
 from mnist.runs.environment import environment
 from mnist.runs.folder import hold
+from mnist.runs.mirror import WandbSettings, open_mirror
 from mnist.system import StopRequest, flush_to_disk, sha256, write_file
 
 _COUNTED = (
@@ -35,6 +37,7 @@ _COUNTED = (
     "doubtful", "rejected", "digits", "digits_accepted",
 )  # fmt: skip
 _FILES = ("readings.csv", "readings.html", "readings.json")
+_HOCR = "readings.hocr"
 _MOST_ERRORS = 1000  # that readings.json lists
 
 
@@ -60,6 +63,7 @@ def read(config: ReadConfig) -> None:
         SystemExit: with 75: asked to stop; what has been read is kept.
     """
     refuse_missing(config)
+    settings = WandbSettings.of(config)  # may refuse WANDB_MODE
     truth = read_truth(config.truth) if config.truth else None
     stop = StopRequest()
     world = connect(config, stop)
@@ -87,6 +91,11 @@ def read(config: ReadConfig) -> None:
             report = _finish(config, start, journal, weights, model, truth, world, seconds)
         journal.remove()
     _print_summary(report, start.output)
+    if weights.run is not None and weights.step is None:
+        mirror = open_mirror(settings)
+        mirror.begin(weights.run)
+        mirror.readings(start.output, config.wandb_photos)
+        mirror.close()
 
 
 def _begin(config: ReadConfig, weights: Weights, world: World, stack: ExitStack) -> _Start:
@@ -166,9 +175,17 @@ def _finish(
         records = {one.file: index.record(one.file) for one in shown}
         write_file(aside / "readings.html", render_page(report, records, shown))
         _write_report(aside / "readings.json", report, index)
-    for name in _FILES:
+        names = list(_FILES)
+        hocr = start.output / _HOCR
+        if config.hocr:
+            names.insert(0, _HOCR)
+            with (aside / _HOCR).open("w", encoding="utf-8") as file:
+                write_hocr(file, index.records())
+        elif hocr.exists() and SYSTEM in hocr.read_text("utf-8", "replace")[:1000]:
+            hocr.unlink()  # of earlier readings
+    for name in names:
         flush_to_disk(aside / name)
-    for name in _FILES:
+    for name in names:
         (aside / name).replace(start.output / name)
     return report
 
@@ -319,6 +336,7 @@ def _print_summary(report: dict[str, Any], output: Path) -> None:
         f"{speed['seconds']:.1f} s, {speed['files_per_second']:,.1f} files/s",
         *(f"warning     {warning}" for warning in report["warnings"]),
         *(f"error       {error['file']}: {error['error']}" for error in report["errors"][:5]),
+        *([f"{'':11} and {counts['files_error'] - 5:,} more"] if counts["files_error"] > 5 else []),
         f"numbers     {counts['numbers']:,}: {counts['accepted']:,} accepted, "
         f"{counts['doubtful']:,} doubtful, {counts['rejected']:,} rejected",
     ]

@@ -33,13 +33,13 @@ def find_photos(named: Sequence[Path], listed: Path | None = None) -> list[str]:
         if path.is_dir():
             found = _inside(path)
         elif not path.exists() and glob.has_magic(str(path)):
-            matches = [Path(match) for match in glob.glob(str(path), recursive=True)]
-            found = sorted(
-                photo
-                for match in matches
-                for photo in (_inside(match) if match.is_dir() else [str(match)])
-                if _is_photo(match.name) or match.is_dir()
-            )
+            found = []
+            for match in sorted(glob.glob(str(path), recursive=True)):
+                name = os.path.basename(match)
+                if os.path.isdir(match):
+                    found += [] if _is_hidden(name) else _inside(Path(match))
+                elif _is_photo(name):
+                    found.append(match)
         else:
             found = [str(path)]
         if not found:
@@ -62,8 +62,12 @@ def _of_list(listed: Path) -> list[Path]:
     return found
 
 
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
+
+
 def _is_photo(name: str) -> bool:
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+    return not _is_hidden(name) and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
 def _inside(folder: Path) -> list[str]:
@@ -74,7 +78,7 @@ def _inside(folder: Path) -> list[str]:
 
     found = []
     for parent, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".") and name != "__MACOSX"]
+        folders[:] = [name for name in folders if not _is_hidden(name)]
         found += [os.path.join(parent, name) for name in names if _is_photo(name)]
     return sorted(found)
 

@@ -4,7 +4,10 @@ Photos are handed out a few at a time by a counter that the processes share, so 
 another. What is read goes into the journal at once.
 """
 
+import errno
 import math
+import os
+import stat
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -84,6 +87,16 @@ def read_share(
     return before + done(0)
 
 
+def _sha256(photo: str) -> str:
+    """Of a file; an OSError of what cannot be one, such as a pipe, for which one would wait."""
+    found = os.stat(photo)
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "it is not a file")
+    if not found.st_size:
+        raise OSError(errno.EINVAL, "it is empty")
+    return sha256(Path(photo))
+
+
 def portions(count: int, size: int) -> Iterator[slice]:
     """Which of so many files are taken at once; fewer towards the end, so that all processes end
     together."""
@@ -130,7 +143,7 @@ class _Reader:
                 del records[which:]
                 break
             try:
-                record["sha256"] = sha256(Path(photos[which]))
+                record["sha256"] = _sha256(photos[which])
                 for frame in load_pages(Path(photos[which])):
                     waiting.append((which, frame))
                     pixels += math.prod(frame.pixels.shape[:2])

@@ -116,6 +116,10 @@ class NoMirror:
         """``folder`` holds the ``report.json`` and ``predictions.csv`` of ``split``; of a run that
         is complete, since rows follow no report."""
 
+    def readings(self, folder: Path, pictures: bool) -> None:
+        """``folder`` holds a ``readings.json``, whose counts and scores are sent, and with
+        ``pictures`` the ``readings.html``, which shows users' photos; of a run that is complete."""
+
     def finished(self) -> None:
         """The run is complete: send ``model.safetensors`` and the figures."""
 
@@ -186,6 +190,10 @@ class Mirror(NoMirror):
     def evaluated(self, split: str, folder: Path) -> None:
         self._elsewhere |= not lies_in_run(folder, self._folder)
         self._outbox.put(("evaluated", split, folder))
+
+    def readings(self, folder: Path, pictures: bool) -> None:
+        self._elsewhere = True  # send_again sends none
+        self._outbox.put(("readings", folder, pictures))
 
     def finished(self) -> None:
         self._outbox.put(("finished",))
@@ -340,3 +348,16 @@ def messages(pipe: IO[bytes], trained: threading.Event) -> Iterator[tuple[Any, .
 
     threading.Thread(target=read, daemon=True).start()
     return iter(inbox.get, None)
+
+
+def say(out: IO[str], **facts: Any) -> None:
+    """Tell the job's process; see ``Mirror._tell``."""
+    with contextlib.suppress(BrokenPipeError):  # that process may have ended
+        print(json.dumps(facts), file=out, flush=True)
+
+
+def one_line(error: Exception) -> str:
+    """What an error says."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split()) or type(error).__name__

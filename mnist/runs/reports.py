@@ -71,7 +71,10 @@ def images_of_split(split: str) -> str:
 
 
 def headline(report: dict[str, Any]) -> dict[str, Any]:
-    """The numbers by which runs are compared, by name."""
+    """The numbers by which runs are compared, by name: of a ``report.json``, or a
+    ``readings.json``."""
+    if "counts" in report:
+        return _headline_of_readings(report)
     named: dict[str, Any] = {"scored": report["scored"]}
     if report.get("without_digit"):  # reports of earlier versions lack it
         named["without_digit"] = report["without_digit"]
@@ -87,6 +90,16 @@ def headline(report: dict[str, Any]) -> dict[str, Any]:
         if report["without_disputed_labels"]:
             accuracy = report["without_disputed_labels"]["accuracy"]
             named["accuracy_without_disputed_labels"] = accuracy
+    return named
+
+
+def _headline_of_readings(report: dict[str, Any]) -> dict[str, Any]:
+    """Counts, and scores where the truth is known."""
+    named: dict[str, Any] = dict(report["counts"])
+    for name in ("digits", "lines", "lines_with_grouping", "accepted"):
+        score = (report["scores"] or {}).get(name)
+        if score and score["share"] is not None:
+            named[f"right/{name}"] = score["share"]
     return named
 
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from mnist.cli import InputError, exit_codes, read_yaml
 from mnist.figures import compose_confusion, compose_grid, model_of_figure
 from mnist.runs.metrics import parse_rows
-from mnist.runs.mirror import Limits, WandbSettings, messages, send_again
+from mnist.runs.mirror import Limits, WandbSettings, messages, one_line, say, send_again
 from mnist.runs.reports import SPLITS, headline, lies_in_run, mapped_images, telling_predictions
 from mnist.runs.wandb_files import (
     Logs,
@@ -88,7 +88,7 @@ class _Session:
         return self.state.id
 
     def say(self, **facts: Any) -> None:
-        _say(self.out, **facts)
+        say(self.out, **facts)
 
     def _say_where(self, directory: Path, url: str | None = None) -> None:
         # How much arrived of what was sent online and never confirmed is not known offline.
@@ -112,7 +112,7 @@ class _Session:
             except Exception as error:
                 self.mode = "offline"
                 if not (self.excused and self.excused in str(error)):
-                    self.warning = _one_line(error)
+                    self.warning = one_line(error)
                 self.wandb.teardown()
         if self.run is None:
             self.run = self._init("offline")
@@ -166,7 +166,7 @@ class _Session:
                 raise InputError(f"{path} is damaged")
             config = json.loads(json.dumps(found, default=str))
         except (OSError, ValueError, RecursionError) as error:
-            why = f"lacks the settings of this run: {_one_line(error)}"
+            why = f"lacks the settings of this run: {one_line(error)}"
             if why not in self.notes:
                 self.notes.append(why)
         return config | {"environment": read_json(self.folder / "environment.json")}
@@ -258,6 +258,18 @@ class _Session:
         rows = parse_rows((self.folder / "metrics.jsonl").read_bytes(), {"step"})
         self.connect().log({"step": rows[-1]["step"] if rows else 0, **shown})
 
+    def readings(self, folder: Path, pictures: bool) -> None:
+        report = json.loads((folder / "readings.json").read_bytes())
+        item = item_of(f"readings {report['subject']} {pictures}", report)
+        if self._has(item):
+            return
+        name = f"readings/{plain_name(folder.name, 64)}"
+        named = {f"{name}/{key}": value for key, value in headline(report).items()}
+        self.connect().summary.update(named)
+        if pictures:
+            self._log_last({f"{name}/page": self.wandb.Html(str(folder / "readings.html"))})
+        self.items.append(item)
+
     def finished(self) -> None:
         if self._has("finished"):
             return
@@ -288,7 +300,7 @@ class _Session:
             try:
                 self.run.finish(exit_code=int(not complete))
             except Exception as error:
-                self.lost.append(_one_line(error))
+                self.lost.append(one_line(error))
             if _SAYS_LOST in (self.folder / "wandb/mirror.log").read_text(errors="replace"):
                 self.lost.append("the server refused it")
             if not self.lost:
@@ -298,18 +310,6 @@ class _Session:
                     self.logs.mark_synced(self.held)
         note = "; ".join(self.notes)
         self.say(done=True, warning=self.warning, lost="; ".join(self.lost), note=note)
-
-
-def _say(out: IO[str], **facts: Any) -> None:
-    """Tell the job's process; see ``Mirror._tell``."""
-    with contextlib.suppress(BrokenPipeError):  # that process may have ended
-        print(json.dumps(facts), file=out, flush=True)
-
-
-def _one_line(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _log_failure() -> None:
@@ -345,11 +345,9 @@ def _mirror() -> None:
         how = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND
         log = os.open(home / "mirror.log", how, 0o666)
     except FileExistsError:
-        return _say(out, blocked=f"{home} is not a folder", done=True)
+        return say(out, blocked=f"{home} is not a folder", done=True)
     except OSError as error:
-        return _say(
-            out, blocked=f"{error.filename} cannot be written ({error.strerror})", done=True
-        )
+        return say(out, blocked=f"{error.filename} cannot be written ({error.strerror})", done=True)
     os.dup2(log, 1)
     os.dup2(log, 2)
     for name in ("data", "cache", "artifact"):
@@ -368,14 +366,14 @@ def _mirror() -> None:
                 getattr(session, name)(*arguments)
             except Exception as error:
                 _log_failure()
-                session.lost.append(_one_line(error))
+                session.lost.append(one_line(error))
         session.close()
     except Exception as error:
         _log_failure()
         if isinstance(error, OSError):  # of the file system: W&B's client raises its own
-            _say(out, blocked=f"{home}: {error.strerror or _one_line(error)}", done=True)
+            say(out, blocked=f"{home}: {error.strerror or one_line(error)}", done=True)
         else:
-            _say(out, lost=_one_line(error), done=True)
+            say(out, lost=one_line(error), done=True)
 
 
 def main() -> None:

@@ -1,0 +1,419 @@
+"""Reading as a batch: exactly once, killed and continued, whatever the files and however many."""
+
+import csv
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from made_pages import ink_of, on_paper
+from PIL import Image
+from wandb_logs import logs, records
+
+from mnist.cli import InputError
+from mnist.model import load_model, save_model
+from mnist.reading.hocr import write_hocr
+from mnist.reading.journal import Journal, Writer, has_changed, stat_of, subject_of
+from mnist.reading.page import MOST_BYTES, Shown, most_urgent, render_page
+from mnist.reading.photo import find_photos
+from mnist.reading.work import portions
+
+ROOT = Path(__file__).parents[2]
+FILES = ("readings.csv", "readings.html")
+
+
+# ----------------------------------------------------------------------------------- the journal
+
+
+def record(photo, **more):
+    digest = hashlib.sha256(Path(photo).read_bytes()).hexdigest()
+    stat = stat_of(photo)
+    return {"file": photo, "pages": [], "error": None, "sha256": digest, "stat": stat, **more}
+
+
+@pytest.fixture
+def files(tmp_path):
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for number in range(7):
+        (folder / f"{number}.png").write_text(f"file {number}")
+    return [str(path) for path in sorted(folder.iterdir())]
+
+
+def shown(file, urgency, sha256="s", page=0):
+    return Shown(file, page, urgency, sha256, "data:,", [])
+
+
+def test_what_is_read_is_found_again(files, tmp_path):
+    journal = Journal.begin(tmp_path / "out", files, {"model": "m"})
+    with Writer(journal.folder, 1, 0) as first, Writer(journal.folder, 1, 1) as second:
+        second.add({3: record(files[3]), 4: record(files[4])}, [])
+        first.add({0: record(files[0])}, [])
+    with (journal.folder / "00001-00000.records").open("a") as torn:
+        torn.write('1\t{"file": "cut short')
+    (journal.folder / "00002-00000.records").write_text("")
+    again = Journal.begin(tmp_path / "out", files, {"model": "m"})
+    assert again.folder == journal.folder and again.starts() == 2
+    assert Journal.join(journal.folder).photos == files
+    with again.index() as index:
+        assert again.remaining(index).tolist() == [1, 2, 5, 6]
+        assert index.record(3)["file"] == files[3]
+    assert Journal.begin(tmp_path / "out", files, {"model": "n"}).folder != journal.folder
+    assert Journal.begin(tmp_path / "out", files[1:], {"model": "m"}).folder != journal.folder
+    again.remove()
+    assert not journal.folder.exists()
+
+
+def test_the_last_record_counts(files, tmp_path):
+    journal = Journal.begin(tmp_path, files, {})
+    with Writer(journal.folder, 1, 0) as writer:
+        writer.add({2: record(files[2], error="old"), 5: record(files[5])}, [])
+    with Writer(journal.folder, 2, 2) as writer:
+        writer.add({2: record(files[2], error="new")}, [])
+    with journal.index() as index:
+        assert index.record(2)["error"] == "new" and index.has(5) and not index.has(6)
+
+
+def test_changes_are_noticed(files):
+    known = record(files[0])
+    assert not has_changed(files[0], known)
+    os.utime(files[0], (5, 5))
+    assert not has_changed(files[0], known)  # the same bytes
+    content, times = Path(files[0]).read_text(), os.stat(files[0])
+    Path(files[0]).write_text(content.upper())
+    os.utime(files[0], ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert has_changed(files[0], known)  # of the same size and time
+    Path(files[0]).write_text(content + "!")
+    assert has_changed(files[0], known)
+    Path(files[0]).unlink()
+    assert has_changed(files[0], known)
+    missing = {"sha256": None, "stat": None}
+    assert not has_changed(files[0], missing)
+    Path(files[0]).write_text("now there")
+    assert has_changed(files[0], missing)
+
+
+def test_pictures_of_what_was_read_anew_are_of_that(files, tmp_path):
+    journal = Journal.begin(tmp_path, files, {})
+    old, new = record(files[0], sha256="old"), record(files[0], sha256="new")
+    with Writer(journal.folder, 1, 0) as writer:
+        writer.add(
+            {0: old, 1: record(files[1], sha256="b")}, [shown(0, 0.9, "old"), shown(1, 0.5, "b")]
+        )
+    with Writer(journal.folder, 2, 0) as writer:
+        writer.add({0: new}, [shown(0, 0.2, "new"), shown(6, 0.7, "not recorded")])
+    with journal.index() as index:
+        assert [(one.file, one.sha256) for one in journal.shown(index)] == [(1, "b"), (0, "new")]
+
+
+def test_most_urgent_does_not_depend_on_the_order():
+    everything = [
+        shown(file, (file * 7 % 13) / 13, page=page) for file in range(90) for page in (0, 1)
+    ]
+    expected = most_urgent(everything)
+    assert len(expected) == 100
+    kept = []
+    for one in reversed(everything):
+        kept = most_urgent([*kept, one])
+    assert kept == expected
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 31, 1000, 12_345])
+@pytest.mark.parametrize("size", [1, 2, 7])
+def test_portions_are_all_files_once(count, size):
+    parts = list(portions(count, size))
+    assert [place for part in parts for place in range(part.start, part.stop)] == list(range(count))
+    sizes = [part.stop - part.start for part in parts]
+    assert all(1 <= number <= 32 for number in sizes) and sizes == sorted(sizes, reverse=True)
+    assert not sizes or sizes[-1] == 1
+
+
+# ------------------------------------------------------------------------------------ which files
+
+
+def test_files_folders_patterns_and_lists(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("b/2.PNG", "b/1.jpg", "b/c/3.tiff", "b/.4.png", "b/.h/5.png", "b/note.txt",
+                 "b/__MACOSX/6.png", "b/.DS_Store", "d.png"):  # fmt: skip
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).touch()
+    odd = os.fsdecode(b"b/\xff.png")
+    Path(odd).touch()
+    inside = ["b/1.jpg", "b/2.PNG", "b/c/3.tiff", odd]
+    assert find_photos([Path("b")]) == inside
+    assert find_photos([Path("d.png"), Path("b"), Path("b/1.jpg")]) == ["d.png", *inside]
+    assert find_photos([Path("b/*.PNG"), Path("**/*.jpg")]) == ["b/2.PNG", "b/1.jpg"]
+    assert find_photos([Path("b/*")]) == inside
+    Path("lines").write_bytes(b"d.png\nb/\xff.png\r\n\nb/c\n")
+    assert find_photos([], Path("lines")) == ["d.png", odd, "b/c/3.tiff"]
+    Path("nuls").write_bytes(b"d.png\0b/1.jpg\0")
+    assert find_photos([], Path("nuls")) == ["d.png", "b/1.jpg"]
+    Path("link.png").symlink_to("d.png")
+    assert find_photos([Path("link.png"), Path("d.png")]) == ["link.png"]
+    assert find_photos([Path("none.png")]) == ["none.png"]  # a row says why
+    Path("[1].png").touch()
+    assert find_photos([Path("[1].png")]) == ["[1].png"]
+    Path("blank").touch()
+    for named, listed, message in (
+        ([Path("*.gif")], None, "*.gif: no image files in it"),
+        ([], Path("blank"), "--files-from blank: expected a path on each line"),
+        ([], Path("none"), "--files-from none: No such file"),
+    ):
+        with pytest.raises(InputError) as caught:
+            find_photos(named, listed)
+        assert str(caught.value).startswith(message)
+
+
+def test_what_tells_photos_apart_is_their_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert subject_of(["a", "b"]) == subject_of([str(tmp_path / "a"), "./b"])
+    assert len({subject_of(["a", "b"]), subject_of(["b", "a"]), subject_of(["ab"])}) == 3
+
+
+# ------------------------------------------------------------------------------------- the files
+
+
+def number(text, box, confidence):
+    digits = [
+        {"value": int(c), "confidence": confidence, "status": "accepted", "box": box} for c in text
+    ]
+    return {
+        "text": text,
+        "confidence": confidence,
+        "status": "accepted",
+        "box": box,
+        "digits": digits,
+    }
+
+
+def page(*lines, size=(200, 100)):
+    return {
+        "turned": 0,
+        "inverted": False,
+        "size": list(size),
+        "warnings": [],
+        "lines": list(lines),
+        "others": [],
+    }
+
+
+def test_hocr_by_an_xml_parser(tmp_path):
+    name = 'a "b" <&> \\ \udcff.png'
+    pages = [
+        page([number("12", [3.4, 5, 20, 10.2], 0.987), number("3", [40, 5, 9, 10], 0.5)]),
+        page(),
+    ]
+    found = [
+        {"file": name, "pages": pages, "error": None},
+        {"file": "broken", "pages": [], "error": "why"},
+        {
+            "file": "c.png",
+            "pages": [page([number("0", [0, 0, 8, 9], 1)], size=(8, 9))],
+            "error": None,
+        },
+    ]
+    path = tmp_path / "readings.hocr"
+    with path.open("w", encoding="utf-8") as file:
+        write_hocr(file, found)
+    space = "{http://www.w3.org/1999/xhtml}"
+    root = ElementTree.parse(path).getroot()
+    metas = {one.get("name"): one.get("content") for one in root.iter(f"{space}meta")}
+    assert metas["ocr-system"] == "mnist-ocr" and "ocrx_word" in metas["ocr-capabilities"]
+    divs = list(root.iter(f"{space}div"))
+    assert [div.get("class") for div in divs] == ["ocr_page"] * 3
+    title = divs[0].get("title")
+    assert title == 'image "a \\"b\\" <&> \\\\ \ufffd.png"; bbox 0 0 200 100; ppageno 0'
+    assert divs[1].get("title").endswith("ppageno 1")
+    spans = [(s.get("class"), s.get("title"), s.text) for s in root.iter(f"{space}span")]
+    assert spans == [
+        ("ocr_line", "bbox 3 5 50 16", None),
+        ("ocrx_word", "bbox 3 5 24 16; x_wconf 99; x_confs 99 99", "12"),
+        ("ocrx_word", "bbox 40 5 50 16; x_wconf 50; x_confs 50", "3"),
+        ("ocr_line", "bbox 0 0 8 10", None),
+        ("ocrx_word", "bbox 0 0 8 10; x_wconf 100; x_confs 100", "0"),
+    ]
+    ids = [one.get("id") for one in root.iter() if one.get("id")]
+    assert len(ids) == len(set(ids)) == 8
+
+
+def test_the_page_has_a_limit():
+    picture = "data:image/jpeg;base64," + "A" * 600_000
+    kept = [
+        Shown(n, 0, 1 - n / 100, "s", picture, ["data:," + "B" * 900] * 400) for n in range(100)
+    ]
+    one = page(*[[number("1" * 40, [0, 0, 9, 9], 0.5)] for _ in range(10)])
+    found = {n: {"file": f"{n}.png", "pages": [one]} for n in range(100)}
+    counts = dict.fromkeys(
+        ("files", "files_read", "files_without", "numbers", "accepted", "doubtful", "rejected",
+         "digits", "digits_accepted"), 100
+    )  # fmt: skip
+    report = {
+        "title": "t", "warnings": [], "counts": counts | {"files_error": 5000}, "scores": None,
+        "errors": [{"file": f"{n} {'x' * 200}", "error": "why" * 50} for n in range(1000)],
+        "model": {"path": "m", "threshold": 0.9},
+    }  # fmt: skip
+    source = render_page(report, found, kept)
+    assert MOST_BYTES / 2 < len(source.encode()) < MOST_BYTES < 20e6
+    assert "0.png" in source and "99.png" not in source
+    assert source.count("<tr>") == 200 and "and 4800 more" in source
+
+
+# --------------------------------------------------------------------------------------- the job
+
+
+@pytest.fixture(scope="module")
+def model_file(fast_run, tmp_path_factory):
+    """Of recipe fast, with a threshold: what matters here is not how well it reads."""
+    from mnist.model import Doubt
+
+    model = load_model(fast_run / "model.safetensors")
+    model.doubt = Doubt(1.0, 0.9)
+    path = tmp_path_factory.mktemp("model") / "model.safetensors"
+    save_model(model, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def photos(data_dir, tmp_path_factory):
+    """120 small photos and some that are damaged in all the ways that people have found."""
+    folder = tmp_path_factory.mktemp("photos")
+    for n in range(120):
+        ink = ink_of(data_dir, [f"{n * n * 7919 % 10_000}"], height=36, seed=n)
+        made = Image.fromarray(on_paper(ink, seed=n))
+        made.save(folder / f"{n:03}.{('png', 'jpg')[n % 2]}")
+    png, jpg = (folder / "000.png").read_bytes(), (folder / "001.jpg").read_bytes()
+    damaged = {
+        "empty.jpg": b"",
+        "half.jpg": jpg[: len(jpg) // 2],
+        "half.png": png[: len(png) // 2],
+        "header.png": png[:30],
+        "text.png": b"hello\n",
+        "page.jpg": b"<html>404</html>",
+        "noise.webp": np.random.default_rng(0).bytes(3000),
+        "zeros.bmp": b"BM" + bytes(100),
+        "huge.pgm": b"P5 100000 100000 255\n" + bytes(100),
+    }
+    for name, content in damaged.items():
+        (folder / f"x {name}").write_bytes(content)
+    Image.fromarray(np.zeros((20, 20), np.float32)).save(folder / "x float.tif")
+    two = [Image.new("L", (20, 20), level) for level in (0, 255)]
+    two[0].save(folder / "x moving.gif", save_all=True, append_images=two[1:])
+    (folder / "x lost.png").symlink_to("nowhere")
+    os.mkfifo(folder / "x pipe.png")
+    return folder
+
+
+def words(world, *options):
+    launch = [sys.executable, "-P", "-m", "mnist.launch", ROOT / "jobs/read.py"]
+    return list(map(str, [*launch, "--processes", world, *options, "--threads", 1]))
+
+
+def contents(folder):
+    return {name: (folder / name).read_bytes() for name in FILES}
+
+
+@pytest.fixture(scope="module")
+def alone(model_file, photos, tmp_path_factory):
+    """The readings of one process that nobody disturbed."""
+    output = tmp_path_factory.mktemp("alone")
+    command = words(1, "--model", model_file, photos, "--output-dir", output, "--hocr")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    return output, done.stdout
+
+
+def test_damaged_files_are_rows(alone, photos):
+    output, said = alone
+    assert "read        120 of 133 files" in said and f"{'':11} and 8 more" in said
+    with (output / "readings.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    errors = {Path(r["file"]).name[2:]: r["message"] for r in rows if r["status"] == "error"}
+    assert len(errors) == 13 and all(errors.values())
+    assert errors["empty.jpg"].endswith("it is empty")
+    assert errors["pipe.png"].endswith("it is not a file")
+    assert "200 megapixels" in errors["huge.pgm"] and "No such file" in errors["lost.png"]
+    assert not any(str(photos) in message for message in errors.values())
+    report = json.loads((output / "readings.json").read_text())
+    assert report["counts"]["files"] == len(report["files_sha256"]) == 133
+    assert report["files_sha256"][f"{photos}/000.png"] == record(photos / "000.png")["sha256"]
+    ElementTree.parse(output / "readings.hocr")
+    assert {p.name for p in output.iterdir()} == {*FILES, "readings.json", "readings.hocr"}
+
+
+def test_killed_in_every_world_it_ends_with_the_same_bytes(alone, model_file, photos, tmp_path):
+    output = tmp_path / "out"
+    options = ["--model", model_file, photos, "--output-dir", output]
+    said = []
+    for world in (1, 3, 2):
+        process = subprocess.Popen(
+            words(world, *options), stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+        before, end = written(output), time.monotonic() + 60
+        while written(output) < before + 5 and process.poll() is None:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGKILL)
+        said.append(process.communicate()[0])
+    assert written(output) >= 15 and not (output / "readings.csv").exists()
+    done = subprocess.run(words(2, *options), capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    for one in [*said[1:], done.stdout]:
+        assert "files have been read" in one
+    assert contents(output) == contents(alone[0])
+    assert {path.name for path in output.iterdir()} == {*FILES, "readings.json"}
+    reports = [json.loads((o / "readings.json").read_text()) for o in (output, alone[0])]
+    own = {"throughput", "time", "world_size"}
+    assert [{k: v for k, v in report.items() if k not in own} for report in reports[:1]] == [
+        {k: v for k, v in report.items() if k not in own} for report in reports[1:]
+    ]
+
+
+def written(output):
+    """How many files have a record."""
+    parts = output.glob(".unfinished-*/*.records")
+    return sum(part.read_bytes().count(b"\n") for part in parts)
+
+
+def test_asked_to_stop_it_says_so_and_goes_on(alone, model_file, photos, tmp_path):
+    output = tmp_path / "out"
+    options = ["--model", model_file, photos, "--output-dir", output]
+    process = subprocess.Popen(words(2, *options), stdout=subprocess.PIPE, text=True)
+    end = time.monotonic() + 60
+    while not written(output):
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 75 and "files are read; the same command again goes on" in said
+    assert 0 < written(output) < 133
+    changed = tmp_path / "other.safetensors"
+    changed.write_bytes(model_file.read_bytes())
+    done = subprocess.run(words(1, *options), capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and "goes on: " in done.stdout
+    assert contents(output) == contents(alone[0])
+
+
+@pytest.mark.timeout(200)
+def test_wandb_gets_counts_and_photos_only_if_asked(fast_run, photos, tmp_path):
+    whole = tmp_path / "run"
+    shutil.copytree(fast_run, whole)
+    environment = os.environ | {"WANDB_MODE": "offline"}
+    for options in ([], ["--wandb-photos"]):
+        command = words(1, "--run", whole, photos / "000.png", *options)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
+        assert done.returncode == 0, done.stderr
+        log = logs(whole)[-1]
+        summary = {}
+        for one in records(log, "summary"):
+            summary |= one["update"]
+        print(summary)
+        assert summary["readings/000/files_read"] == 1
+        assert bool(list(log.parent.glob("files/media/**/*.html"))) == bool(options)
