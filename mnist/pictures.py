@@ -14,7 +14,7 @@ from mnist.cli import InputError
 if TYPE_CHECKING:
     from PIL import Image
 
-IMAGE_SUFFIXES = frozenset(".png .jpg .jpeg .bmp .gif .tif .tiff .webp .pgm".split())
+IMAGE_SUFFIXES = frozenset(".png .jpg .jpeg .bmp .gif .tif .tiff .webp .pgm .heic .heif".split())
 """The files of a folder that are its images, in small or capital letters."""
 
 _MOST_PIXELS = 200_000_000
@@ -32,8 +32,8 @@ class Frame(NamedTuple):
 
 
 def count_frames(image: "Image.Image") -> int:
-    """How many pictures a file holds; a phone's JPEG has a second one that is not for people."""
-    return 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+    """How many pictures a file holds; a phone's JPEG or HEIC has others that are not for people."""
+    return 1 if image.format in ("MPO", "HEIF") else getattr(image, "n_frames", 1)
 
 
 def decode_frames(
@@ -59,12 +59,16 @@ def decode_frames(
     from PIL import Image
 
     Image.MAX_IMAGE_PIXELS = None  # see _MOST_PIXELS
+    decoders: tuple[str, ...] = _DECODERS
+    if path.suffix.lower() in (".heic", ".heif"):
+        _register_heif(path)
+        decoders = (*decoders, "HEIF")
     number = 0
     while True:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Pillow's: of what matters, the error says more
-                with Image.open(path, formats=_DECODERS) as image:
+                with Image.open(path, formats=decoders) as image:
                     check(image)
                     count = count_frames(image)
                     if number:
@@ -91,6 +95,46 @@ def decode_frames(
         number += 1
         if number >= count:
             return
+
+
+def _register_heif(path: Path) -> None:
+    """Have Pillow know iPhones' photos; they are upright as they are decoded."""
+    try:
+        from pi_heif import register_heif_opener
+    except ImportError:
+        raise InputError(
+            f"{path}: HEIC takes the package pi-heif: pip install pi-heif, or pip install '.[heic]'"
+        ) from None
+    register_heif_opener()
+
+
+def draw_pdf(path: Path, longest: int) -> Iterator[Frame]:
+    """The pages of a PDF, each as a picture whose longer side has ``longest`` pixels; its size in
+    the file is taken to be that.
+
+    Raises:
+        InputError: it is no PDF, damaged, or not to be opened without a password.
+    """
+    try:
+        import pypdfium2
+    except ImportError:
+        raise InputError(
+            f"{path}: PDF takes the package pypdfium2: pip install pypdfium2, or "
+            "pip install '.[pdf]'"
+        ) from None
+    try:
+        with pypdfium2.PdfDocument(path) as document:
+            for number in range(len(document)):
+                page = document[number]
+                scale = (longest - 0.5) / max(1.0, *page.get_size())  # it rounds up
+                bitmap = page.render(scale=scale, rev_byteorder=True)
+                pixels = _grey_if_plain(bitmap.to_numpy()[..., :3].copy())
+                bitmap.close()
+                page.close()
+                yield Frame(pixels, (pixels.shape[1], pixels.shape[0]))
+    except (pypdfium2.PdfiumError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path}: cannot be read as a PDF: {reason}") from None
 
 
 def pixels_of(image: "Image.Image", longest: int) -> NDArray[np.uint8]:
@@ -134,7 +178,11 @@ def _in_8_bits(image: "Image.Image", path: str, longest: int) -> NDArray[np.uint
     image.thumbnail((longest, longest), PillowImage.Resampling.BOX)  # with transparency weighed
     if transparent:
         return _on_ground(np.asarray(image), np.asarray(image.convert("L")))
-    pixels = np.asarray(image)
+    return _grey_if_plain(np.asarray(image))
+
+
+def _grey_if_plain(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """height×width of height×width×3 whose colours are all grey."""
     plain = pixels.ndim == 3 and (pixels == pixels[..., :1]).all()
     return pixels[..., 0] if plain else pixels
 

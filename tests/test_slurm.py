@@ -9,12 +9,16 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import stress
 import yaml
 from filelock import FileLock, Timeout
+from PIL import Image
 from safetensors.numpy import load_file
 from test_jobs import LAUNCHERS, SMALL
+
+from mnist.data import load_mnist
 
 ROOT = Path(__file__).parents[1]
 SLURM = ROOT / "slurm"
@@ -346,3 +350,35 @@ def test_disturbed_run_ends_with_the_bits_of_one_left_alone(cluster, victim, alo
     victim.succeed()
     assert process.wait(60) == 0
     stress.compare(cluster.folder / "runs/victim", folder)
+
+
+# ------------------------------------------------------------------------------- reading photos
+
+
+def test_reading_that_lost_a_node_ends_with_the_same_bytes(cluster, fast_run, data_dir, tmp_path):
+    digits = load_mnist(data_dir, "test").images.numpy()
+    photos = cluster.folder / "photos"
+    photos.mkdir()
+    for number in range(240):
+        row = np.hstack(digits[4 * number : 4 * number + 4])
+        Image.fromarray(230 - (0.8 * row).astype(np.uint8)).save(photos / f"{number:03}.png")
+    words = ["--model", fast_run / "model.safetensors", photos, "--output-dir"]
+    command = [sys.executable, "-m", "mnist.launch", ROOT / "jobs/read.py", *words, tmp_path]
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
+    subprocess.run(command, env=clean, check=True, capture_output=True, timeout=120)
+
+    output = cluster.folder / "readings"
+    job = cluster.submit("-N2", SLURM / "read.sbatch", *words, output)
+
+    def read():
+        parts = [path.read_bytes() for path in output.glob(".unfinished-*/*.records")]
+        return len(parts) == 2 and all(part.count(b"\n") > 20 for part in parts)
+
+    poll(read, job.log)
+    cluster.control("kill-node", "2")
+    poll(lambda: job["JobState"] != "RUNNING", job.log)
+    cluster.control("start-node", "2")
+    job.succeed()
+    assert "Node failure on node2" in job.log and "goes on: " in job.log
+    for name in ("readings.csv", "readings.html"):
+        assert (output / name).read_bytes() == (tmp_path / name).read_bytes()

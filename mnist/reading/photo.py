@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mnist.cli import InputError
-from mnist.pictures import IMAGE_SUFFIXES, Frame, count_frames, decode_frames
+from mnist.pictures import IMAGE_SUFFIXES, Frame, count_frames, decode_frames, draw_pdf
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 LONGEST = 2000
 """Pixels of the longer side of a page, to which larger ones are reduced: of a sheet of A4 with
 digits of 4 mm these are 28 high."""
+
+_SUFFIXES = IMAGE_SUFFIXES | {".pdf"}
 
 
 def find_photos(named: Sequence[Path], listed: Path | None = None) -> list[str]:
@@ -43,7 +45,7 @@ def find_photos(named: Sequence[Path], listed: Path | None = None) -> list[str]:
         else:
             found = [str(path)]
         if not found:
-            suffixes = " ".join(sorted(IMAGE_SUFFIXES))
+            suffixes = " ".join(sorted(_SUFFIXES))
             raise InputError(f"{path}: no image files in it ({suffixes})")
         for photo in found:
             photos.setdefault(os.path.realpath(photo), photo)
@@ -67,7 +69,7 @@ def _is_hidden(name: str) -> bool:
 
 
 def _is_photo(name: str) -> bool:
-    return not _is_hidden(name) and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+    return not _is_hidden(name) and os.path.splitext(name)[1].lower() in _SUFFIXES
 
 
 def _inside(folder: Path) -> list[str]:
@@ -84,11 +86,14 @@ def _inside(folder: Path) -> list[str]:
 
 
 def load_pages(photo: Path) -> Iterator[Frame]:
-    """The pages of a file: every frame of a TIFF, else one.
+    """The pages of a file: of a PDF, every frame of a TIFF, else one.
 
     Raises:
         InputError: it cannot be read; also in the middle of several.
     """
+
+    if photo.suffix.lower() == ".pdf":
+        return draw_pdf(photo, LONGEST)
 
     def check(image: "Image.Image") -> None:
         frames = count_frames(image)

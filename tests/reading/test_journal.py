@@ -250,7 +250,7 @@ def test_the_page_has_a_limit():
         Shown(n, 0, 1 - n / 100, "s", picture, ["data:," + "B" * 900] * 400) for n in range(100)
     ]
     one = page(*[[number("1" * 40, [0, 0, 9, 9], 0.5)] for _ in range(10)])
-    found = {n: {"file": f"{n}.png", "pages": [one]} for n in range(100)}
+    found = {n: {"file": f"{n}.png", "pages": [one]} for n in range(40)}
     counts = dict.fromkeys(
         ("files", "files_read", "files_without", "numbers", "accepted", "doubtful", "rejected",
          "digits", "digits_accepted"), 100
@@ -262,7 +262,7 @@ def test_the_page_has_a_limit():
     }  # fmt: skip
     source = render_page(report, found, kept)
     assert MOST_BYTES / 2 < len(source.encode()) < MOST_BYTES < 20e6
-    assert "0.png" in source and "99.png" not in source
+    assert "0.png" in source and "39.png" not in source
     assert source.count("<tr>") == 200 and "and 4800 more" in source
 
 
@@ -352,7 +352,7 @@ def test_killed_in_every_world_it_ends_with_the_same_bytes(alone, model_file, ph
     output = tmp_path / "out"
     options = ["--model", model_file, photos, "--output-dir", output]
     said = []
-    for world in (1, 3, 2):
+    for world in (1, 3):
         process = subprocess.Popen(
             words(world, *options), stdout=subprocess.PIPE, text=True, start_new_session=True
         )
@@ -414,6 +414,5 @@ def test_wandb_gets_counts_and_photos_only_if_asked(fast_run, photos, tmp_path):
         summary = {}
         for one in records(log, "summary"):
             summary |= one["update"]
-        print(summary)
         assert summary["readings/000/files_read"] == 1
         assert bool(list(log.parent.glob("files/media/**/*.html"))) == bool(options)
