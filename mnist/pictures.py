@@ -100,12 +100,13 @@ def decode_frames(
 def _register_heif(path: Path) -> None:
     """Have Pillow know iPhones' photos; they are upright as they are decoded."""
     try:
-        from pi_heif import register_heif_opener
+        from pillow_heif import register_heif_opener
     except ImportError:
         raise InputError(
-            f"{path}: HEIC takes the package pi-heif: pip install pi-heif, or pip install '.[heic]'"
+            f"{path}: HEIC takes the package pillow-heif: pip install pillow-heif, or "
+            "pip install '.[heic]'"
         ) from None
-    register_heif_opener()
+    register_heif_opener(thumbnails=False)  # with them, drafts would be smaller than is asked for
 
 
 def draw_pdf(path: Path, longest: int) -> Iterator[Frame]:
@@ -124,9 +125,10 @@ def draw_pdf(path: Path, longest: int) -> Iterator[Frame]:
         ) from None
     try:
         with pypdfium2.PdfDocument(path) as document:
+            document.init_forms()  # or what is filled in is not drawn
             for number in range(len(document)):
                 page = document[number]
-                scale = (longest - 0.5) / max(1.0, *page.get_size())  # it rounds up
+                scale = (longest - 0.001) / max(1.0, *page.get_size())  # it rounds up
                 bitmap = page.render(scale=scale, rev_byteorder=True)
                 pixels = _grey_if_plain(bitmap.to_numpy()[..., :3].copy())
                 bitmap.close()

@@ -18,9 +18,10 @@ import torch
 from numpy.typing import NDArray
 
 from mnist.cli import InputError
+from mnist.data import IMAGE_SHAPE
 from mnist.distributed import World
 from mnist.evaluation.scoring import predict, progress
-from mnist.model import MLP, Doubt
+from mnist.model import CLASSES, MLP, Doubt
 from mnist.pictures import Frame
 from mnist.reading.journal import Journal, Writer, stat_of
 from mnist.reading.page import MOST_SHOWN, Shown, most_urgent, rank_of, show, urgency
@@ -31,6 +32,7 @@ from mnist.system import StopRequest, sha256
 
 _AT_ONCE = 32  # files that a process takes at most
 _TOGETHER = 4_000_000  # pixels of pages that are read in one batch: one large photo, or many crops
+_BLOCK = 512  # images that the network sees at once
 _ENDED = 1 << 40  # of the counter: more than there are files
 
 
@@ -107,12 +109,24 @@ def portions(count: int, size: int) -> Iterator[slice]:
         start = stop
 
 
+def in_blocks(model: MLP, images: NDArray[np.uint8], world: World) -> NDArray[Any]:
+    """``predict``, always of as many images: for every other number of them oneDNN makes code, and
+    malloc new places, of which thousands of files would fill gigabytes."""
+    found = [np.zeros((0, CLASSES), np.float32)]
+    for start in range(0, len(images), _BLOCK):
+        block = images[start : start + _BLOCK]
+        filled = np.zeros((_BLOCK, *IMAGE_SHAPE), np.uint8)
+        filled[: len(block)] = block
+        found.append(predict(model, filled, world)[: len(block)])
+    return np.concatenate(found)
+
+
 class _Reader:
     """Reads files, and keeps pictures of the pages that need a look most."""
 
     def __init__(self, model: MLP, world: World, together: int, shown: list[Shown]) -> None:
         self._doubt: Doubt | None = model.doubt
-        self._score: Scorer = lambda images: predict(model, images, world)
+        self._score: Scorer = lambda images: in_blocks(model, images, world)
         # Where the bits of a prediction depend on what else is predicted, pages stay alone.
         self._together = together
         self._kept, self._fresh = shown, list[Shown]()
