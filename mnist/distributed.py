@@ -96,30 +96,6 @@ class World:
             yield
             self.meeting.wait()
 
-    def counter(self, name: str) -> Callable[[int], int]:
-        """A number that all ranks share, from 0: adds to it and returns what it is then.
-
-        No rank waits for another. A name is for one counter of the job.
-
-        Raises:
-            WorldError: of what is returned: the machine that holds it is gone.
-        """
-        if self.size == 1:
-            held = [0]
-
-            def add(number: int) -> int:
-                held[0] += number
-                return held[0]
-
-            return add
-        store = PrefixStore("counters", _get_default_store())
-
-        def add_for_all(number: int) -> int:
-            with contact():
-                return int(store.add(name, number))
-
-        return add_for_all
-
     def from_main(self, function: Callable[[], T], prepares: bool = False) -> T:
         """What ``function`` returns on rank 0; its InputError is raised on every rank. If it
         ``prepares``, the others wait for minutes, else one."""

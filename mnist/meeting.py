@@ -200,6 +200,11 @@ class Meeting:
         with contact():
             barrier.wait()
 
+    def add(self, name: str, number: int) -> int:
+        """Add to a number that all processes share; see ``shared_counter``."""
+        with contact():
+            return int(self._store.add(name, number))
+
     @contextmanager
     def ended_by_request(self) -> Iterator[None]:
         """End this process, should it be asked to stop and not come to ``wait`` within seconds."""
@@ -220,6 +225,29 @@ class Meeting:
                     if EXIT_CODE_FILE in os.environ:
                         Path(os.environ[EXIT_CODE_FILE]).write_text("75")
                 os._exit(75)
+
+
+def shared_counter(name: str, meeting: Meeting | None) -> Callable[[int], int]:
+    """A number that the processes of a world share, from 0: adds to it and returns what it is then.
+    None waits for another.
+
+    Args:
+        name: for one counter of the job.
+        meeting: the world's; None of a single process.
+
+    Raises:
+        WorldError: of what is returned: the machine that holds it is gone.
+    """
+    held = 0
+
+    def add(number: int) -> int:
+        nonlocal held
+        if meeting is not None:
+            return meeting.add(f"counter {name}", number)
+        held += number
+        return held
+
+    return add
 
 
 def open_store(host: str, port: int, size: int, serves: bool) -> Store:

@@ -29,7 +29,7 @@ from typing import Any
 
 import psutil
 import torch
-from bench_reading import Reader, changes, groups, scores, speeds
+from bench_reading import Reader, changes, draw_coverage, groups, scores, speeds
 from bench_worlds import TwoNetworks, Workers, usual_network
 from bench_writing import doubt, normalising
 from torch import nn
@@ -796,9 +796,14 @@ def reading(results: Results, options: argparse.Namespace, folder: Path) -> None
         raise InputError("reading takes --model FILE and --photos FOLDER")
     torch.set_num_threads(1)
     reader = Reader(options.model)
+    curves = {}
     for group, found in scores(reader, options.photos).items():
+        if curve := found.pop("curve"):
+            curves[group] = curve
         results.more[f"reading, {group}"] = found
         print(f"\nreading, {group}", *(f"  {n:24} {_shown(v)}" for n, v in found.items()), sep="\n")
+    if options.figure is not None:
+        draw_coverage(curves, options.figure)
     first = next(iter(groups(options.photos)))
     for name, found in (
         (f"reading, {first}: digits that differ", changes(reader, options.photos, first)),
@@ -850,6 +855,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, default=TrainConfig().data_dir)
     parser.add_argument("--model", type=Path, help="of writing and reading")
     parser.add_argument("--photos", type=Path, help="of reading: a folder with a truth.csv")
+    parser.add_argument("--figure", type=Path, help="of reading: accuracy over coverage, a PNG")
     parser.add_argument("--json", type=Path, help="file for all measurements")
     options = parser.parse_args()
     if unknown := set(options.parts) - set(ALL):

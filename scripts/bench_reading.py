@@ -107,6 +107,7 @@ def scores(reader: Reader, folder: Path) -> dict[str, Any]:
             "accepted of truth": report["accepted_of_truth"],
             "wrong of accepted": 1 - report["accepted"]["share"] if score.accepted else None,
             "failures": report["failures"],
+            "curve": report["curve"],
             "files a second": len(photos) / seconds,
             **{f"wrong of the surest {c:.0%}": _wrong(score, c) for c in COVERAGES},
         }
@@ -118,6 +119,26 @@ def _wrong(score: Score, coverage: float) -> float | None:
     count = round(coverage * score.digits)
     surest = sorted(score.read, key=lambda digit: -digit[0])[:count]
     return 1 - sum(right for _, right in surest) / count if count and len(surest) == count else None
+
+
+def draw_coverage(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
+    """How right the surest digits are, over how many of them are taken, by group, as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.6), dpi=110)
+    axes = figure.subplots()
+    for group, curve in curves.items():
+        shares = [[point[name] for point in curve] for name in ("coverage", "accuracy")]
+        axes.plot(*shares, label=group)
+    axes.set_xlabel("digits taken, the surest first, as a share of those that are written")
+    axes.set_ylabel("right of these")
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0.9, 1.003)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="lower left")
+    figure.tight_layout()
+    figure.savefig(path)
 
 
 def changes(reader: Reader, folder: Path, group: str) -> dict[str, float]:

@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator
 from importlib.metadata import version
+from pathlib import Path
 from typing import IO, Any
 from urllib.parse import quote
 from xml.sax.saxutils import escape, quoteattr
@@ -39,6 +40,15 @@ def write_hocr(target: IO[str], records: Iterable[dict[str, Any]]) -> None:
     for number, (file, page) in enumerate(pages):
         target.writelines(_page(file, page, number))
     target.write(_FOOT)
+
+
+def is_hocr(path: Path) -> bool:
+    """Whether a file is one of these."""
+    try:
+        with path.open("rb") as file:
+            return f'content="{SYSTEM} '.encode() in file.read(1000)
+    except OSError:
+        return False
 
 
 def _page(file: str, page: dict[str, Any], number: int) -> Iterator[str]:

@@ -19,7 +19,7 @@ from mnist.distributed import World, connect
 from mnist.evaluation.job import Weights, find_weights, refuse_missing
 from mnist.model import MLP, Doubt, load_model
 from mnist.reading.config import ReadConfig
-from mnist.reading.hocr import SYSTEM, write_hocr
+from mnist.reading.hocr import is_hocr, write_hocr
 from mnist.reading.journal import Index, Journal, subject_of, unfinished, writing
 from mnist.reading.page import Shown, render_page
 from mnist.reading.photo import find_photos
@@ -75,8 +75,10 @@ def read(config: ReadConfig) -> None:
         model = models[0].to(world.device, world.precision)
         start = world.from_main(lambda: _begin(config, weights, world, stack), prepares=True)
         journal = Journal.join(start.journal)
-        done = read_share(model, journal, start.todo, start.shown, start.number, world, stop)
-        if any(world.from_all(lambda: stop.requested)):
+        done, interrupted = read_share(
+            model, journal, start.todo, start.shown, start.number, world, stop
+        )
+        if interrupted:
             if world.is_main:
                 print(
                     f"interrupted: {done:,} of {len(journal.photos):,} files are read; the same "
@@ -104,7 +106,7 @@ def _begin(config: ReadConfig, weights: Weights, world: World, stack: ExitStack)
     if weights.run is not None and weights.step is not None:
         print(f"{weights.run} is not finished: its checkpoint of step {weights.step:,} reads")
     subject = subject_of(photos)
-    output = _find_place(config, weights, photos, subject).resolve()
+    output = _find_place(config, weights, photos, subject)
     identity = {
         "subject": subject,
         "model": sha256(weights.path),
@@ -141,9 +143,8 @@ def _finish(
     Raises:
         InputError: none of the photos could be read; then nothing is left.
     """
-    name = Path(config.photos[0] if config.photos else config.files_from or "").name
-    more = f" and {len(config.photos) - 1} more" if len(config.photos) > 1 else ""
-    aside = journal.folder
+    aside, names = journal.folder, list(_FILES)
+    hocr = start.output / _HOCR
     with journal.index() as index:
         try:
             found = _merge(aside, index, truth, model.doubt)
@@ -153,15 +154,9 @@ def _finish(
                 start.output.rmdir()  # if it is empty
             raise
         report = {
-            "title": f"Readings of {name}{more}",
+            "title": _title(config),
             "subject": subject_of(journal.photos),
-            "model": {
-                "path": str(weights.path),
-                "sha256": sha256(weights.path),
-                "step": weights.step,
-                "temperature": model.doubt.temperature if model.doubt else None,
-                "threshold": model.doubt.threshold if model.doubt else None,
-            },
+            "model": _facts(weights, model),
             **found,
             "throughput": {
                 "files": len(start.todo),
@@ -175,19 +170,33 @@ def _finish(
         records = {one.file: index.record(one.file) for one in shown}
         write_file(aside / "readings.html", render_page(report, records, shown))
         _write_report(aside / "readings.json", report, index)
-        names = list(_FILES)
-        hocr = start.output / _HOCR
         if config.hocr:
             names.insert(0, _HOCR)
             with (aside / _HOCR).open("w", encoding="utf-8") as file:
                 write_hocr(file, index.records())
-        elif hocr.exists() and SYSTEM in hocr.read_text("utf-8", "replace")[:1000]:
-            hocr.unlink()  # of earlier readings
+    if not config.hocr and is_hocr(hocr):
+        hocr.unlink()  # of earlier readings
     for name in names:
         flush_to_disk(aside / name)
     for name in names:
         (aside / name).replace(start.output / name)
     return report
+
+
+def _facts(weights: Weights, model: MLP) -> dict[str, Any]:
+    return {
+        "path": str(weights.path),
+        "sha256": sha256(weights.path),
+        "step": weights.step,
+        "temperature": model.doubt.temperature if model.doubt else None,
+        "threshold": model.doubt.threshold if model.doubt else None,
+    }
+
+
+def _title(config: ReadConfig) -> str:
+    name = Path(config.photos[0] if config.photos else config.files_from or "").name
+    more = f" and {len(config.photos) - 1} more" if len(config.photos) > 1 else ""
+    return f"Readings of {name}{more}"
 
 
 def _write_report(path: Path, report: dict[str, Any], index: Index) -> None:

@@ -9,7 +9,7 @@ import math
 import os
 import stat
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from mnist.cli import InputError
 from mnist.data import IMAGE_SHAPE
 from mnist.distributed import World
 from mnist.evaluation.scoring import predict, progress
+from mnist.meeting import shared_counter
 from mnist.model import CLASSES, MLP, Doubt
 from mnist.pictures import Frame
 from mnist.reading.journal import Journal, Writer, stat_of
@@ -33,6 +34,7 @@ from mnist.system import StopRequest, sha256
 _AT_ONCE = 32  # files that a process takes at most
 _TOGETHER = 4_000_000  # pixels of pages that are read in one batch: one large photo, or many crops
 _BLOCK = 512  # images that the network sees at once
+_PATIENCE_SECONDS = 30  # with the others, once asked to stop
 _ENDED = 1 << 40  # of the counter: more than there are files
 
 
@@ -44,7 +46,7 @@ def read_share(
     start: int,
     world: World,
     stop: StopRequest,
-) -> int:
+) -> tuple[int, bool]:
     """Read photos until none is left, or this process is asked to stop.
 
     Args:
@@ -57,36 +59,56 @@ def read_share(
         stop: which any of them may hear.
 
     Returns:
-        How many files have been read, by all processes.
+        How many files have been read, by all processes, and whether any was asked to stop.
 
     Raises:
-        InputError: the journal cannot be written.
+        InputError: the journal cannot be written, by any of them.
     """
     parts = list(portions(len(todo), world.size))
-    claim, done, over = (world.counter(f"{start} {name}") for name in ("claim", "done", "over"))
+    claim, done, over = (
+        shared_counter(f"{start} {name}", world.meeting) for name in ("claim", "done", "over")
+    )
     together = _TOGETHER if world.precision == torch.float32 and world.device.type == "cpu" else 0
     reader = _Reader(model, world, together, shown)
-    before = len(journal.photos) - len(todo)
     count = len(journal.photos)
-    with (
-        Writer(journal.folder, start, world.rank) as writer,
-        progress(count, "files", "read", begun=before, shown=world.is_main) as show_done,
-    ):
-        while (turn := claim(1) - 1) < len(parts):
-            places = todo[parts[turn]].tolist()
-            records = reader.read([journal.photos[place] for place in places], places, stop)
-            writer.add(dict(zip(places, records, strict=False)), reader.fresh())
-            show_done(before + done(len(records)))
-            if stop.requested:
-                claim(_ENDED)  # for all
-        # Not in a collective: another's last photo may take longer than that would wait.
+    before = count - len(todo)
+    failed: InputError | None = None
+
+    def ended() -> bool:
+        if failed is not None:
+            raise failed
+        return stop.requested
+
+    with progress(count, "files", "read", begun=before, shown=world.is_main) as show_done:
+        try:
+            with Writer(journal.folder, start, world.rank) as writer:
+                while (turn := claim(1) - 1) < len(parts):
+                    places = todo[parts[turn]].tolist()
+                    records = reader.read([journal.photos[at] for at in places], places, stop)
+                    writer.add(dict(zip(places, records, strict=False)), reader.fresh())
+                    show_done(before + done(len(records)))
+                    if stop.requested:
+                        claim(_ENDED)  # for all
+        except InputError as error:
+            failed = error
+            claim(_ENDED)
         over(1)
-        while over(0) < world.size:
-            if stop.requested:
-                claim(_ENDED)
-            show_done(before + done(0))
-            time.sleep(0.05)
-    return before + done(0)
+        _wait(lambda: over(0) == world.size, lambda: show_done(before + done(0)), stop)
+    interrupted = any(world.from_all(ended))
+    return before + done(0), interrupted
+
+
+def _wait(condition: Callable[[], bool], meanwhile: Callable[[], None], stop: StopRequest) -> None:
+    """Not in a collective: another's last photo may take longer than that would wait. Whether it is
+    still there its launcher knows, which ends the others if not."""
+    asked = math.inf
+    while not condition():
+        if stop.requested:
+            asked = min(asked, time.monotonic())
+        if time.monotonic() - asked > _PATIENCE_SECONDS:
+            raise SystemExit(75)
+        meanwhile()
+        time.sleep(0.05)
 
 
 def _sha256(photo: str) -> str:
