@@ -262,4 +262,13 @@ def test_job_is_stopped_and_goes_on(finished, container, data_dir, tmp_path):
     evaluate = ("accelerate", "launch", "jobs/evaluate.py", "--run", "runs/stopped")
     code, output = run(finished, *evaluate, options=options)
     assert code == 0 and "10,000 of 10,000" in output
+    photos = ("--volume", f"{ROOT}/tests/reading:/photos:ro")
+    for words in (
+        ("read", "--run", "runs/stopped", "/photos"),
+        ("export", "--run", "runs/stopped", "--format", "onnx"),
+    ):
+        code, output = run(finished, *words, options=(*options, *photos))
+        assert code == 0, output
+    assert (tmp_path / "stopped/readings/photos/readings.csv").read_text().count(".heic") >= 2
+    assert (tmp_path / "stopped/export/model.onnx").exists()
     assert {path.lstat().st_uid for path in tmp_path.rglob("*")} == {USER}
