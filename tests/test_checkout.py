@@ -21,8 +21,12 @@ def test_a_checkout_on_windows_has_the_lines_of_unix(tmp_path, setting):
     subprocess.run(command, env=os.environ | git, check=True, capture_output=True, text=True)
     files = [path for path in clone.rglob("*") if path.is_file() and ".git" not in path.parts]
     returns = {path.relative_to(clone).as_posix() for path in files if b"\r" in path.read_bytes()}
-    assert {path for path in returns if not path.endswith((".png", ".npz"))} == set()
-    for picture in [*(clone / "docs").glob("*.png"), clone / "tests/nist.npz"]:
+    assert {path for path in returns if not path.endswith((".png", ".npz", ".heic"))} == set()
+    for picture in [
+        *(clone / "docs").glob("*.png"),
+        clone / "tests/nist.npz",
+        *clone.rglob("*.heic"),
+    ]:
         assert picture.read_bytes() == (ROOT / picture.relative_to(clone)).read_bytes()
     assert {"run", "train", "Dockerfile", "train.sbatch"} <= {path.name for path in files}
 
