@@ -340,13 +340,3 @@ def test_a_model_without_threshold_accepts_nothing(photos, tmp_path):
     )
     assert "has no temperature and no threshold" in result.stdout
     assert not [row for row in rows(tmp_path / "o") if row["status"] == "accepted"]
-
-
-def test_two_processes_write_the_same_rows(model_file, photos, tmp_path):
-    run("--model", model_file, photos, "--output-dir", tmp_path / "one")
-    command = [sys.executable, "-m", "mnist.launch", ROOT / "jobs/read.py", "--processes", "2"]
-    words = ["--model", model_file, photos, "--output-dir", tmp_path / "two", "--threads", "1"]
-    subprocess.run(list(map(str, [*command, *words])), check=True, capture_output=True, timeout=300)
-    assert (tmp_path / "one/readings.csv").read_bytes() == (
-        tmp_path / "two/readings.csv"
-    ).read_bytes()
