@@ -798,7 +798,8 @@ def reading(results: Results, options: argparse.Namespace, folder: Path) -> None
     reader = Reader(options.model)
     curves = {}
     for group, found in scores(reader, options.photos).items():
-        if curve := found.pop("curve"):
+        curve = found.pop("curve")
+        if found["files"] >= 10 and curve:
             curves[group] = curve
         results.more[f"reading, {group}"] = found
         print(f"\nreading, {group}", *(f"  {n:24} {_shown(v)}" for n, v in found.items()), sep="\n")
