@@ -298,7 +298,9 @@ def _merge(
                     score.add(wanted, [line for page in record["pages"] for line in scored(page)])
             yield record
 
-    with (aside / "readings.csv").open("w", newline="", errors="surrogateescape") as table:
+    with (aside / "readings.csv").open(
+        "w", encoding="utf-8", errors="surrogateescape", newline=""
+    ) as table:
         write_rows(table, counted())
     if not counts["files_read"]:
         reason = f"{errors[0]['file']}: {errors[0]['error']}"

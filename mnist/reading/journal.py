@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,7 @@ from mnist.reading.page import Shown, most_urgent
 from mnist.system import sha256, write_file
 
 _PREFIX = ".unfinished-"
+_MOST_OPEN = 200  # files, of as many as starts and processes have made
 Stat = list[int]
 
 
@@ -102,7 +103,7 @@ class Index:
     def __init__(self, folder: Path, count: int) -> None:
         self._parts = sorted(folder.glob("*.records"))
         self._part, self._start = np.full(count, -1, np.int32), np.zeros(count, np.int64)
-        self._open = [part.open("rb") for part in self._parts]
+        self._open: dict[int, IO[bytes]] = {}
         for number, part in enumerate(self._parts):
             start = 0
             for line in _lines(part):
@@ -119,8 +120,12 @@ class Index:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for part in self._open:
+        self._close()
+
+    def _close(self) -> None:
+        for part in self._open.values():
             part.close()
+        self._open.clear()
 
     def has(self, place: int) -> bool:
         """Whether a file has a record."""
@@ -128,7 +133,12 @@ class Index:
 
     def record(self, place: int) -> dict[str, Any]:
         """What was read of a file."""
-        part = self._open[self._part[place]]
+        number = int(self._part[place])
+        part = self._open.get(number)
+        if part is None:
+            if len(self._open) == _MOST_OPEN:
+                self._close()
+            part = self._open[number] = self._parts[number].open("rb")
         part.seek(int(self._start[place]))
         record: dict[str, Any] = json.loads(part.readline().partition(b"\t")[2])
         return record

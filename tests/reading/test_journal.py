@@ -83,6 +83,18 @@ def test_the_last_record_counts(files, tmp_path):
         assert index.record(2)["error"] == "new" and index.has(5) and not index.has(6)
 
 
+def test_more_starts_than_files_that_may_be_open(files, tmp_path):
+    journal = Journal.begin(tmp_path, files, {})
+    for start in range(1, 1500):
+        with Writer(journal.folder, start, 0) as writer:
+            writer.add({start % 7: record(files[start % 7], error=str(start))}, [])
+    for _ in range(2):
+        with journal.index() as index:
+            found = [int(one["error"]) for one in index.records()]
+        assert sorted(found) == list(range(1493, 1500))
+    assert journal.starts() == 1499
+
+
 def test_changes_are_noticed(files):
     known = record(files[0])
     assert not has_changed(files[0], known)
