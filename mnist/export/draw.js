@@ -68,7 +68,8 @@ function redraw() {
       const [x, y] = points[at], [nextX, nextY] = points[at + 1];
       pen.quadraticCurveTo(x, y, (x + nextX) / 2, (y + nextY) / 2);
     }
-    pen.lineTo(...points[points.length - 1]);
+    const [x, y] = points[points.length - 1];
+    pen.lineTo(x + 0.01, y); // of a point alone, which has no line, some browsers draw nothing
     pen.stroke();
   }
 }
@@ -120,10 +121,12 @@ for (const end of ["pointerup", "pointercancel"]) {
 field.addEventListener("contextmenu", event => event.preventDefault());
 
 function undo() {
+  active = null; // a stroke that is being drawn ends
   strokes.pop();
   now();
 }
 function clear() {
+  active = null;
   strokes = [];
   now();
 }

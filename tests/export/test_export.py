@@ -212,10 +212,14 @@ def test_undo_a_second_finger_and_a_lost_one(browser, fast_run):
       const two = strokes.length;
       document.getElementById("undo").click();
       const one = strokes.length;
+      send("pointerdown", 4, 50, 90);
+      document.dispatchEvent(new KeyboardEvent("keydown", { key: "z", ctrlKey: true }));
+      send("pointermove", 4, 90, 90);
+      const none = strokes.length;
       document.dispatchEvent(new KeyboardEvent("keydown", { key: "Escape" }));
-      document.body.textContent = JSON.stringify([points, two, one, strokes.length]);
+      document.body.textContent = JSON.stringify([points, two, one, none, strokes.length]);
     """
-    assert in_page(browser, source, script) == [[2], 2, 1, 0]
+    assert in_page(browser, source, script) == [[2], 2, 1, 1, 0]
 
 
 def test_the_page_asks_for_nothing_and_fits(browser, fast_run):
