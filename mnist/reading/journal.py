@@ -45,13 +45,15 @@ class Journal:
         Raises:
             InputError: it cannot be written.
         """
-        known = {**identity, "subject": subject_of(photos)}
+        listed = b"".join(os.fsencode(photo) + b"\0" for photo in photos)
+        # Also how they are spelled: a relative path is another one in another folder.
+        files = hashlib.sha256(listed).hexdigest()
+        known = {**identity, "subject": subject_of(photos), "files": files}
         text = json.dumps(known, sort_keys=True)
         folder = output / (_PREFIX + hashlib.sha256(text.encode()).hexdigest()[:12])
         with writing(folder):
             if not (folder / "identity.json").exists():
                 folder.mkdir(parents=True, exist_ok=True)
-                listed = b"".join(os.fsencode(photo) + b"\0" for photo in photos)
                 write_file(folder / "files", listed)
                 write_file(folder / "identity.json", text)
         return cls(folder, photos)
@@ -93,6 +95,7 @@ class Journal:
 
     def remove(self) -> None:
         """The reading is complete."""
+        (self.folder / "identity.json").unlink(missing_ok=True)  # first: the rest is nothing then
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -101,6 +104,7 @@ class Index:
     millions."""
 
     def __init__(self, folder: Path, count: int) -> None:
+        self._folder = folder
         self._parts = sorted(folder.glob("*.records"))
         self._part, self._start = np.full(count, -1, np.int32), np.zeros(count, np.int64)
         self._open: dict[int, IO[bytes]] = {}
@@ -134,6 +138,8 @@ class Index:
     def record(self, place: int) -> dict[str, Any]:
         """What was read of a file."""
         number = int(self._part[place])
+        if number < 0:
+            raise RuntimeError(f"{self._folder} has no record of file {place}")
         part = self._open.get(number)
         if part is None:
             if len(self._open) == _MOST_OPEN:
