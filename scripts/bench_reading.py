@@ -20,13 +20,13 @@ from PIL import Image
 
 from mnist.cli import InputError
 from mnist.distributed import World
-from mnist.evaluation.scoring import predict
 from mnist.model import MLP, load_model
 from mnist.reading.ink import find_ink
 from mnist.reading.photo import load_pages
 from mnist.reading.reader import Page, read, read_pages
 from mnist.reading.readings import describe, scored
 from mnist.reading.truth import ReadDigit, Score, align
+from mnist.reading.work import in_blocks
 
 COVERAGES = (0.8, 0.9)
 _TOGETHER = 16  # files
@@ -65,7 +65,7 @@ class Reader:
             pages = iter(
                 read_pages(
                     [frame for of_file in frames for frame in of_file],
-                    lambda images: predict(self.model, images, World()),
+                    lambda images: in_blocks(self.model, images, World()),
                 )
             )
             yield from ([next(pages) for _ in of_file] for of_file in frames)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from mnist.fetch import fetch_mnist
+from mnist.model import Doubt, load_model, save_model
 
 # Two threads are 10 times slower than one while another process wants a core.
 torch.set_num_threads(1)
@@ -60,6 +61,20 @@ def fast_run(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         [sys.executable, job, *options, *places], check=True, capture_output=True, timeout=100
     )
     return runs / "fast"
+
+
+@pytest.fixture(scope="session")
+def with_doubt(fast_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes files of that run's model with a temperature and a threshold."""
+
+    def save(**doubt: float) -> Path:
+        model = load_model(fast_run / "model.safetensors")
+        model.doubt = Doubt(**doubt)
+        path = tmp_path_factory.mktemp("doubt") / "model.safetensors"
+        save_model(model, path)
+        return path
+
+    return save
 
 
 @pytest.fixture(scope="session")

@@ -45,6 +45,18 @@ class Weights:
     run: Path | None = None  # the run's folder
     step: int | None = None  # of a run that is not finished: its checkpoint's
 
+    @property
+    def home(self) -> Path:
+        """The folder in which what this model makes has its place: of the run, or else of the file;
+        nothing is written into a checkpoint."""
+        inside = enclosing_checkpoint(self.path) if self.run is None else None
+        return inside.parents[1] if inside else self.run or self.path.parent
+
+    def say_unfinished(self, does: str) -> None:
+        """Print which checkpoint of an unfinished run it is, and what it does here."""
+        if self.run is not None and self.step is not None:
+            print(f"{self.run} is not finished: its checkpoint of step {self.step:,} {does}")
+
 
 def evaluate(config: EvaluateConfig) -> None:
     """Do the whole job: score the images, write the three files, print the summary.
@@ -68,8 +80,8 @@ def evaluate(config: EvaluateConfig) -> None:
     model, inputs = opened[0]
     if len(set(sizes)) > 1:
         raise InputError(f"{inputs.images_path}: its {sizes} images differ between processes")
-    if world.is_main and weights.run is not None and weights.step is not None:
-        print(f"{weights.run} is not finished: its checkpoint of step {weights.step:,} is scored")
+    if world.is_main:
+        weights.say_unfinished("is scored")
     named = config.output_dir is not None
     wanted = config.output_dir or _place_by_name(config, weights)
     place = partial(find_place, wanted, inputs.images_path, inputs.split, named=named)
@@ -187,11 +199,11 @@ def evaluation_name(config: EvaluateConfig) -> str:
 
 def _place_by_name(config: EvaluateConfig, weights: Weights) -> Path:
     """The folder of the report in ``evaluation/`` of the run, or else beside the model."""
+    name = evaluation_name(config)
     checkpoint = enclosing_checkpoint(weights.path) if weights.run is None else None
-    if checkpoint is not None:  # into which nothing is written
-        name = f"{checkpoint.name}-{evaluation_name(config)}"
-        return checkpoint.parents[1] / "evaluation" / name
-    return (weights.run or weights.path.parent) / "evaluation" / evaluation_name(config)
+    if checkpoint is not None:
+        name = f"{checkpoint.name}-{name}"
+    return weights.home / "evaluation" / name
 
 
 def write_evaluation(

@@ -6,7 +6,7 @@
 import base64
 import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,30 +39,32 @@ def render_page(
         KeyError: a picture is missing.
         jinja2.UndefinedError, TypeError: so is a field of the report.
     """
-    environment = templates(Path(__file__).parent)
-    environment.filters |= {"count": _count, "percent": _percent, "decimal": _decimal}
     prepared = report["prepared_examples"]
     shown = [*(report["mistakes"] or []), *report["least_confident"], *prepared]
     curves = [_curves(rows, quantity) for quantity in ("loss", "accuracy")]
-    page = environment.get_template("report.html").render(
+    return render(
+        Path(__file__).with_name("report.html"),
+        {"count": _count, "percent": _percent, "decimal": _decimal},
         report=report,
         pictures={image["index"]: _data_uri(255 - pictures[image["index"]]) for image in shown},
         sources={index: _data_uri(image) for index, image in (sources or {}).items()},
         coverage=_coverage(report),
         curves=[curve for curve in curves if curve],
     )
-    return page.encode(errors="replace").decode()  # a file's name need not be valid Unicode
 
 
-def templates(folder: Path) -> Environment:
-    """The templates of a folder; what they are given is escaped, what they lack is an error."""
-    return Environment(
-        loader=FileSystemLoader(folder),
+def render(template: Path, filters: Mapping[str, Callable[..., Any]], **values: Any) -> str:
+    """A template filled; what it is given is escaped, what it lacks is an error."""
+    environment = Environment(
+        loader=FileSystemLoader(template.parent),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters |= filters
+    page = environment.get_template(template.name).render(**values)
+    return page.encode(errors="replace").decode()  # a file's name need not be valid Unicode
 
 
 def _count(number: float | None) -> str:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Union
+from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,16 +15,11 @@ from numpy.typing import NDArray
 from mnist.cli import InputError
 from mnist.data import IMAGE_SHAPE
 from mnist.distributed import World
+from mnist.evaluation.config import EvaluateConfig
 from mnist.evaluation.folders import LONGEST, decode_image
-from mnist.evaluation.inputs import images_of, open_images
+from mnist.evaluation.inputs import Inputs, images_of, open_images
 from mnist.evaluation.job import find_weights
-from mnist.evaluation.preparation import (
-    TREATMENTS,
-    WITHOUT_DIGIT,
-    Mode,
-    Prepared,
-    prepare,
-)
+from mnist.evaluation.preparation import TREATMENTS, WITHOUT_DIGIT, Mode, Prepared, prepare
 from mnist.evaluation.scoring import predict
 from mnist.model import CLASSES, MLP, load_model
 from mnist.pictures import IMAGE_SUFFIXES, pixels_of
@@ -38,13 +33,6 @@ Images = Union["str | os.PathLike[str] | Image.Image | NDArray[Any] | Any", Iter
 _AT_ONCE = 1024  # images, of arrays and for the network
 _SHOWN = 32
 _IN_MEMORY = Path("the array")  # in messages
-
-
-class _Choice(NamedTuple):
-    """What ``--run`` and ``--model`` say of a job."""
-
-    run: Path | None
-    model: Path | None
 
 
 @dataclass(frozen=True)
@@ -182,7 +170,9 @@ def load(path: str | os.PathLike[str]) -> Predictor:
     found = Path(path).expanduser()
     if not found.exists():
         raise InputError(f"{found}: no such folder of a run, or file of a model")
-    weights = find_weights(_Choice(found, None) if found.is_dir() else _Choice(None, found))
+    weights = find_weights(
+        EvaluateConfig(run=found) if found.is_dir() else EvaluateConfig(model=found)
+    )
     return Predictor(load_model(weights.path), weights.path, weights.step)
 
 
@@ -195,9 +185,7 @@ def _prepared(images: Images, mode: Mode) -> Iterator[Prepared]:
         if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir():
             yield _one(decode_image(path, mode != "as-is"), mode)
         else:
-            inputs = open_images(path, None, mode)
-            for start in range(0, len(inputs), _AT_ONCE):
-                yield inputs.prepared(start, min(start + _AT_ONCE, len(inputs)))
+            yield from _in_parts(open_images(path, None, mode))
     elif isinstance(images, Image.Image):
         yield _one(pixels_of(images, LONGEST), mode)
     elif isinstance(images, Iterable) and not hasattr(images, "__array__"):
@@ -238,7 +226,11 @@ def _of_array(array: NDArray[Any], mode: Mode) -> Iterator[Prepared]:
         return
     if array.ndim == 3 and not len(array):
         return
-    inputs = images_of(array[None] if array.ndim == 2 else array, _IN_MEMORY, None, mode)
+    stack = array[None] if array.ndim == 2 else array
+    yield from _in_parts(images_of(stack, _IN_MEMORY, None, mode))
+
+
+def _in_parts(inputs: Inputs) -> Iterator[Prepared]:
     for start in range(0, len(inputs), _AT_ONCE):
         yield inputs.prepared(start, min(start + _AT_ONCE, len(inputs)))
 

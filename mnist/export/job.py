@@ -3,12 +3,11 @@
 from pathlib import Path
 
 from mnist.cli import InputError
-from mnist.evaluation.job import Weights, find_weights, refuse_missing
+from mnist.evaluation.job import find_weights, refuse_missing
 from mnist.export.config import ExportConfig
 from mnist.export.graph import onnx_bytes
 from mnist.export.page import MAKER, draw_page
 from mnist.model import load_model
-from mnist.runs.checkpoint import enclosing_checkpoint
 from mnist.system import sha256, write_file
 
 _NAMES = {"onnx": "model.onnx", "html": "draw.html"}
@@ -24,10 +23,9 @@ def export(config: ExportConfig) -> None:
     refuse_missing(config)
     weights = find_weights(config)
     model = load_model(weights.path)
-    if weights.run is not None and weights.step is not None:
-        print(f"{weights.run} is not finished: its checkpoint of step {weights.step:,} is exported")
+    weights.say_unfinished("is exported")
     assert config.format is not None
-    output = config.output or _folder(weights) / "export" / _NAMES[config.format]
+    output = config.output or weights.home / "export" / _NAMES[config.format]
     _refuse_foreign(output)
     if config.format == "onnx":
         contents, difference = onnx_bytes(model, floats=config.input == "float")
@@ -43,14 +41,6 @@ def export(config: ExportConfig) -> None:
     except OSError as error:
         raise InputError(f"{output}: {error.strerror}; nothing was changed") from None
     print(f"wrote       {output}, {len(contents) / 1e6:.1f} MB: {what}")
-
-
-def _folder(weights: Weights) -> Path:
-    """Of the run, or else of the model's file; nothing is written into a checkpoint."""
-    inside = enclosing_checkpoint(weights.path)
-    if weights.run is None and inside is not None:
-        return inside.parents[1]
-    return weights.run or weights.path.parent
 
 
 def _refuse_foreign(output: Path) -> None:

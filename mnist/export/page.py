@@ -8,7 +8,7 @@ import base64
 from pathlib import Path
 
 from mnist.data import MEAN, STD
-from mnist.evaluation.page import templates
+from mnist.evaluation.page import render
 from mnist.model import CLASSES, MLP
 
 MAKER = "mnist-ocr export"
@@ -31,23 +31,20 @@ def draw_page(model: MLP, name: str, sha256: str) -> str:
         for layer in model.layers
         for tensor in (layer.weight, layer.bias)
     )
-    page = (
-        templates(folder)
-        .get_template("draw.html")
-        .render(
-            maker=MAKER,
-            name=name,
-            sha256=sha256,
-            own_threshold=model.doubt is not None,
-            settings={
-                "sizes": [model.layers[0].in_features, *model.hidden_sizes, CLASSES],
-                "mean": MEAN,
-                "std": STD,
-                "temperature": model.doubt.temperature if model.doubt else 1,
-                "threshold": model.doubt.threshold if model.doubt else _DOUBTFUL,
-            },
-            scripts=[(folder / script).read_text() for script in ("normaliser.js", "draw.js")],
-            weights=base64.b64encode(contents).decode(),
-        )
+    return render(
+        folder / "draw.html",
+        {},
+        maker=MAKER,
+        name=name,
+        sha256=sha256,
+        own_threshold=model.doubt is not None,
+        settings={
+            "sizes": [model.layers[0].in_features, *model.hidden_sizes, CLASSES],
+            "mean": MEAN,
+            "std": STD,
+            "temperature": model.doubt.temperature if model.doubt else 1,
+            "threshold": model.doubt.threshold if model.doubt else _DOUBTFUL,
+        },
+        scripts=[(folder / script).read_text() for script in ("normaliser.js", "draw.js")],
+        weights=base64.b64encode(contents).decode(),
     )
-    return page.encode(errors="replace").decode()  # a run's name need not be valid Unicode

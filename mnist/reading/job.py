@@ -5,7 +5,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -46,6 +46,7 @@ class _Start:
     """What rank 0 has found out at the beginning."""
 
     output: Path
+    subject: str
     journal: Path
     number: int
     todo: NDArray[np.int64]
@@ -103,8 +104,7 @@ def read(config: ReadConfig) -> None:
 def _begin(config: ReadConfig, weights: Weights, world: World, stack: ExitStack) -> _Start:
     """Find the photos, the place of their readings, and what an earlier start has read."""
     photos = find_photos(config.photos, config.files_from)
-    if weights.run is not None and weights.step is not None:
-        print(f"{weights.run} is not finished: its checkpoint of step {weights.step:,} reads")
+    weights.say_unfinished("reads")
     subject = subject_of(photos)
     output = _find_place(config, weights, photos, subject)
     identity = {
@@ -116,13 +116,13 @@ def _begin(config: ReadConfig, weights: Weights, world: World, stack: ExitStack)
     journal = Journal.begin(output, photos, identity)
     with writing(output):
         hold(output, stack, "take another --output-dir", journal.folder)
-    with journal.index() as index:
+    with closing(journal.index()) as index:
         todo = journal.remaining(index)
         shown = journal.shown(index)
     if len(todo) < len(photos):
         read = len(photos) - len(todo)
         print(f"goes on: {read:,} of {len(photos):,} files have been read", flush=True)
-    return _Start(output, journal.folder, journal.starts() + 1, todo, shown)
+    return _Start(output, subject, journal.folder, journal.starts() + 1, todo, shown)
 
 
 def _finish(
@@ -145,7 +145,7 @@ def _finish(
     """
     aside, names = journal.folder, list(_FILES)
     hocr = start.output / _HOCR
-    with journal.index() as index:
+    with closing(journal.index()) as index:
         try:
             found = _merge(aside, index, truth, model.doubt)
         except InputError:
@@ -155,7 +155,7 @@ def _finish(
             raise
         report = {
             "title": _title(config),
-            "subject": subject_of(journal.photos),
+            "subject": start.subject,
             "model": _facts(weights, model),
             **found,
             "throughput": {
@@ -225,9 +225,7 @@ def _find_place(config: ReadConfig, weights: Weights, photos: list[str], subject
             raise InputError(f"{folder} has {taken}; take another --output-dir, or move it away")
         return folder
     name = _name_of(config, photos)
-    checkpoint = enclosing_checkpoint(weights.path) if weights.run is None else None
-    base = checkpoint.parents[1] if checkpoint else weights.run or weights.path.parent
-    folder = base / "readings" / name
+    folder = weights.home / "readings" / name
     if taken := _taken(folder, subject, begun=True):
         other = folder.with_name(f"{name}-{hashlib.sha256(subject.encode()).hexdigest()[:6]}")
         print(f"{folder} has {taken}, which stays: these go to {other}", flush=True)

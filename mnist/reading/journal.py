@@ -17,7 +17,6 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
 import numpy as np
@@ -48,8 +47,7 @@ class Journal:
         listed = b"".join(os.fsencode(photo) + b"\0" for photo in photos)
         # Also how they are spelled: a relative path is another one in another folder.
         files = hashlib.sha256(listed).hexdigest()
-        known = {**identity, "subject": subject_of(photos), "files": files}
-        text = json.dumps(known, sort_keys=True)
+        text = json.dumps({**identity, "files": files}, sort_keys=True)
         folder = output / (_PREFIX + hashlib.sha256(text.encode()).hexdigest()[:12])
         with writing(folder):
             if not (folder / "identity.json").exists():
@@ -115,18 +113,8 @@ class Index:
                 self._part[place], self._start[place] = number, start
                 start += len(line)
 
-    def __enter__(self) -> "Index":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._close()
-
-    def _close(self) -> None:
+    def close(self) -> None:
+        """The files that are open; they are opened again when they are needed."""
         for part in self._open.values():
             part.close()
         self._open.clear()
@@ -143,7 +131,7 @@ class Index:
         part = self._open.get(number)
         if part is None:
             if len(self._open) == _MOST_OPEN:
-                self._close()
+                self.close()
             part = self._open[number] = self._parts[number].open("rb")
         part.seek(int(self._start[place]))
         record: dict[str, Any] = json.loads(part.readline().partition(b"\t")[2])
@@ -159,19 +147,12 @@ class Writer:
 
     def __init__(self, folder: Path, start: int, rank: int) -> None:
         self._stem = folder / f"{start:05d}-{rank:05d}"
-
-    def __enter__(self) -> "Writer":
         with writing(self._stem):
             self._shown = self._stem.with_suffix(".shown").open("ab")
             self._records = self._stem.with_suffix(".records").open("ab")
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Nothing is left to be written."""
         with suppress(OSError):
             self._shown.close()
             self._records.close()

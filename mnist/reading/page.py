@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mnist.evaluation.page import templates
+from mnist.evaluation.page import render
 from mnist.pictures import Frame
 from mnist.reading.reader import Page
 
@@ -101,9 +101,6 @@ def render_page(
         records: by place among all files, what was read of those that are shown.
         shown: in the order in which they are shown.
     """
-    environment = templates(Path(__file__).parent)
-    environment.filters["percent"] = lambda share: "–" if share is None else f"{share:.1%}"
-    environment.filters["next_or_none"] = lambda images: next(images, None)
     pages = [
         {
             "name": records[one.file]["file"],
@@ -114,9 +111,16 @@ def render_page(
         }
         for one in shown
     ]
-    template = environment.get_template("readings.html")
-    page: str = template.render(report=report, pages=pages, most_errors=_MOST_ERRORS)
-    page = page.encode(errors="replace").decode()  # a file's name need not be valid Unicode
+    page = render(
+        Path(__file__).with_name("readings.html"),
+        {
+            "percent": lambda share: "–" if share is None else f"{share:.1%}",
+            "next_or_none": lambda images: next(images, None),
+        },
+        report=report,
+        pages=pages,
+        most_errors=_MOST_ERRORS,
+    )
     if len(page.encode()) > MOST_BYTES and shown:
         return render_page(report, records, shown[: len(shown) * 3 // 4])
     return page

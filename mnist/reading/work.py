@@ -10,6 +10,7 @@ import os
 import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def read_share(
 
     with progress(count, "files", "read", begun=before, shown=world.is_main) as show_done:
         try:
-            with Writer(journal.folder, start, world.rank) as writer:
+            with closing(Writer(journal.folder, start, world.rank)) as writer:
                 while (turn := claim(1) - 1) < len(parts):
                     places = todo[parts[turn]].tolist()
                     records = reader.read([journal.photos[at] for at in places], places, stop)

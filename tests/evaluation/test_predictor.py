@@ -17,7 +17,7 @@ import mnist
 from mnist.data import load_mnist
 from mnist.evaluation.config import parse_evaluate_config
 from mnist.evaluation.job import evaluate
-from mnist.model import MLP, Doubt, load_model, save_model
+from mnist.model import MLP, save_model
 
 
 @pytest.fixture(scope="module")
@@ -26,13 +26,9 @@ def images(data_dir):
 
 
 @pytest.fixture(scope="module")
-def model(fast_run, tmp_path_factory):
-    """Of recipe fast, with a doubt that some predictions do not pass."""
-    network = load_model(fast_run / "model.safetensors")
-    network.doubt = Doubt(temperature=0.7, threshold=0.95)
-    path = tmp_path_factory.mktemp("model") / "model.safetensors"
-    save_model(network, path)
-    return mnist.load(path)
+def model(with_doubt):
+    """With a doubt that some predictions do not pass."""
+    return mnist.load(with_doubt(temperature=0.7, threshold=0.95))
 
 
 def evaluated(model, images, folder, *options):

@@ -21,7 +21,7 @@ from mnist.data import load_mnist
 from mnist.export.config import parse_export_config
 from mnist.export.job import export
 from mnist.export.page import draw_page
-from mnist.model import MLP, Doubt, load_model, save_model
+from mnist.model import MLP, load_model, save_model
 from mnist.normaliser import normalise_digits
 
 
@@ -30,13 +30,8 @@ def run(*options):
 
 
 @pytest.fixture(scope="module")
-def doubtful(fast_run, tmp_path_factory):
-    """The same weights in a file with a temperature and a threshold."""
-    model = load_model(fast_run / "model.safetensors")
-    model.doubt = Doubt(temperature=1.7, threshold=0.5)
-    path = tmp_path_factory.mktemp("doubtful") / "model.safetensors"
-    save_model(model, path)
-    return path
+def doubtful(with_doubt):
+    return with_doubt(temperature=1.7, threshold=0.5)
 
 
 # ---------------------------------------------------------------------------------------- ONNX

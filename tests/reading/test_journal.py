@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import warnings
+from contextlib import closing
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -20,7 +21,6 @@ from PIL import Image
 from wandb_logs import logs, records
 
 from mnist.cli import InputError
-from mnist.model import load_model, save_model
 from mnist.reading.hocr import write_hocr
 from mnist.reading.journal import Journal, Writer, has_changed, stat_of, subject_of
 from mnist.reading.page import MOST_BYTES, Shown, most_urgent, render_page
@@ -55,7 +55,10 @@ def shown(file, urgency, sha256="s", page=0):
 
 def test_what_is_read_is_found_again(files, tmp_path):
     journal = Journal.begin(tmp_path / "out", files, {"model": "m"})
-    with Writer(journal.folder, 1, 0) as first, Writer(journal.folder, 1, 1) as second:
+    with (
+        closing(Writer(journal.folder, 1, 0)) as first,
+        closing(Writer(journal.folder, 1, 1)) as second,
+    ):
         second.add({3: record(files[3]), 4: record(files[4])}, [])
         first.add({0: record(files[0])}, [])
     with (journal.folder / "00001-00000.records").open("a") as torn:
@@ -64,7 +67,7 @@ def test_what_is_read_is_found_again(files, tmp_path):
     again = Journal.begin(tmp_path / "out", files, {"model": "m"})
     assert again.folder == journal.folder and again.starts() == 2
     assert Journal.join(journal.folder).photos == files
-    with again.index() as index:
+    with closing(again.index()) as index:
         assert again.remaining(index).tolist() == [1, 2, 5, 6]
         assert index.record(3)["file"] == files[3]
     assert Journal.begin(tmp_path / "out", files, {"model": "n"}).folder != journal.folder
@@ -75,21 +78,21 @@ def test_what_is_read_is_found_again(files, tmp_path):
 
 def test_the_last_record_counts(files, tmp_path):
     journal = Journal.begin(tmp_path, files, {})
-    with Writer(journal.folder, 1, 0) as writer:
+    with closing(Writer(journal.folder, 1, 0)) as writer:
         writer.add({2: record(files[2], error="old"), 5: record(files[5])}, [])
-    with Writer(journal.folder, 2, 2) as writer:
+    with closing(Writer(journal.folder, 2, 2)) as writer:
         writer.add({2: record(files[2], error="new")}, [])
-    with journal.index() as index:
+    with closing(journal.index()) as index:
         assert index.record(2)["error"] == "new" and index.has(5) and not index.has(6)
 
 
 def test_more_starts_than_files_that_may_be_open(files, tmp_path):
     journal = Journal.begin(tmp_path, files, {})
     for start in range(1, 1500):
-        with Writer(journal.folder, start, 0) as writer:
+        with closing(Writer(journal.folder, start, 0)) as writer:
             writer.add({start % 7: record(files[start % 7], error=str(start))}, [])
     for _ in range(2):
-        with journal.index() as index:
+        with closing(journal.index()) as index:
             found = [int(one["error"]) for one in index.records()]
         assert sorted(found) == list(range(1493, 1500))
     assert journal.starts() == 1499
@@ -117,13 +120,13 @@ def test_changes_are_noticed(files):
 def test_pictures_of_what_was_read_anew_are_of_that(files, tmp_path):
     journal = Journal.begin(tmp_path, files, {})
     old, new = record(files[0], sha256="old"), record(files[0], sha256="new")
-    with Writer(journal.folder, 1, 0) as writer:
+    with closing(Writer(journal.folder, 1, 0)) as writer:
         writer.add(
             {0: old, 1: record(files[1], sha256="b")}, [shown(0, 0.9, "old"), shown(1, 0.5, "b")]
         )
-    with Writer(journal.folder, 2, 0) as writer:
+    with closing(Writer(journal.folder, 2, 0)) as writer:
         writer.add({0: new}, [shown(0, 0.2, "new"), shown(6, 0.7, "not recorded")])
-    with journal.index() as index:
+    with closing(journal.index()) as index:
         assert [(one.file, one.sha256) for one in journal.shown(index)] == [(1, "b"), (0, "new")]
 
 
@@ -287,15 +290,9 @@ def test_the_page_has_a_limit():
 
 
 @pytest.fixture(scope="module")
-def model_file(fast_run, tmp_path_factory):
-    """Of recipe fast, with a threshold: what matters here is not how well it reads."""
-    from mnist.model import Doubt
-
-    model = load_model(fast_run / "model.safetensors")
-    model.doubt = Doubt(1.0, 0.9)
-    path = tmp_path_factory.mktemp("model") / "model.safetensors"
-    save_model(model, path)
-    return path
+def model_file(with_doubt):
+    """What matters here is not how well it reads."""
+    return with_doubt(temperature=1.0, threshold=0.9)
 
 
 @pytest.fixture(scope="module")
