@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -58,7 +59,6 @@ def decode_frames(
     """
     from PIL import Image
 
-    Image.MAX_IMAGE_PIXELS = None  # see _MOST_PIXELS
     decoders: tuple[str, ...] = _DECODERS
     if path.suffix.lower() in (".heic", ".heif"):
         _register_heif(path)
@@ -66,7 +66,7 @@ def decode_frames(
     number = 0
     while True:
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), _own_limit():
                 warnings.simplefilter("ignore")  # Pillow's: of what matters, the error says more
                 with Image.open(path, formats=decoders) as image:
                     check(image)
@@ -95,6 +95,18 @@ def decode_frames(
         number += 1
         if number >= count:
             return
+
+
+@contextmanager
+def _own_limit() -> Iterator[None]:
+    """Pillow's limit of pixels is the caller's to set; here it is _MOST_PIXELS."""
+    from PIL import Image
+
+    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
 
 
 def _register_heif(path: Path) -> None:
@@ -143,14 +155,19 @@ def pixels_of(image: "Image.Image", longest: int) -> NDArray[np.uint8]:
     """Of an image in memory, as ``decode_frames`` gives a file's: upright, height×width or ×3.
 
     Raises:
-        InputError: it has more than 16 bits per pixel, or its file is damaged.
+        InputError: it has more than 16 bits per pixel, no pixels, or a damaged file.
     """
+    if not image.width * image.height:
+        raise InputError("the image cannot be read: it has no pixels")
     try:
         own = image.copy()  # the caller's stays as it is
         own.format = image.format
         return _turned(_in_8_bits(own, "the image", longest), image.getexif().get(_ORIENTATION, 1))
-    except OSError as error:  # it is decoded only now
-        raise InputError(f"the image cannot be read: {error}") from None
+    except InputError:
+        raise
+    except Exception as error:  # it is decoded only now; see decode_frames
+        reason = " ".join(str(error).split())
+        raise InputError(f"the image cannot be read: {reason}") from None
 
 
 def _turned(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:

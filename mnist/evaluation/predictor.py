@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any, Union, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -119,14 +119,16 @@ class Predictor:
             images: one of these, or a list or other iterable of them, one digit each, of any size
                 and look: a file or a folder that the job takes as ``--images``, or an image file;
                 an image of Pillow's; or an array (or tensor on the CPU) of height×width, N×height×
-                width, N×1×height×width, height×width×3 or N×height×width×3, uint8 of 0 to 255 or
-                floats of 0 to 1.
+                width, N×1×height×width, or with 1, 3 or 4 channels last height×width×3 or N×height×
+                width×3, uint8 of 0 to 255 or floats of 0 to 1. 3×height×width are three images.
             prepare: as the job's ``--prepare``: ``auto`` leaves what looks like MNIST's as it is,
                 and makes the rest so; ``mnist`` makes all so; ``as-is`` takes 28×28 as they are.
 
         Raises:
             InputError: a file or an array is anything else.
         """
+        if prepare not in get_args(Mode):
+            raise InputError(f"prepare takes one of {', '.join(get_args(Mode))}, not {prepare!r}")
         parts = list(_prepared(images, prepare))
         count = sum(len(part.images) for part in parts)
         digits = np.full(count, -1)
@@ -192,7 +194,11 @@ def _prepared(images: Images, mode: Mode) -> Iterator[Prepared]:
         for one in images:
             yield from _prepared(one, mode)
     else:
-        yield from _of_array(np.asarray(images), mode)
+        try:
+            array = np.asarray(images)
+        except (RuntimeError, TypeError, ValueError) as error:  # tensors that NumPy cannot take
+            raise InputError(f"{_IN_MEMORY}: {' '.join(str(error).split())}") from None
+        yield from _of_array(array, mode)
 
 
 def _one(pixels: NDArray[np.uint8], mode: Mode) -> Prepared:
@@ -210,12 +216,14 @@ def _of_array(array: NDArray[Any], mode: Mode) -> Iterator[Prepared]:
 
     if array.ndim == 4 and array.shape[1] == 1:  # channels first, as torch has them
         array = array[:, 0]
+    if array.ndim in (3, 4) and array.shape[-1] == 1:
+        array = array[..., 0]
     if array.ndim == 2 and array.shape[1] == 784 and len(array) != 784:
         raise InputError(
             f"{_IN_MEMORY}: expected images, N×height×width, found {len(array)}×784: "
             "reshape(-1, 28, 28)"
         )
-    if array.shape[-1:] == (3,) and array.ndim in (3, 4):
+    if array.shape[-1:] in ((3,), (4,)) and array.ndim in (3, 4):  # no digit is so narrow
         colours = array if array.ndim == 4 else array[None]
         flat = images_of(colours.reshape(*colours.shape[:2], -1), _IN_MEMORY, None, "auto")
         for place in range(len(colours)):

@@ -149,6 +149,12 @@ def test_arrays_of_every_kind(model, images, tmp_path):
     same(model.predict(colours, prepare="as-is"), model.predict(images, prepare="as-is"))
     dark = model.predict(255 - images, prepare="as-is")
     assert (dark.images == 255 - images).all() and set(dark.treatments) == {"as they are"}
+    for channels in (1, 4):  # opaque, as plt.imread has PNGs
+        last = np.concatenate([colours, np.full_like(colours[..., :1], 255)], -1)[..., :channels]
+        same(model.predict(last, prepare="mnist"), grey)
+        same(model.predict(last[3], prepare="mnist"), grey[3])
+        near = model.predict((last[3] / 255).astype(np.float32), prepare="mnist")
+        assert near.digits.tolist() == grey[3].digits.tolist()
     large = np.kron(255 - images[4], np.ones((5, 5), np.uint8))
     assert model.predict(large).digits.tolist() == [found.digits[4]]
     for nothing in ([], np.zeros((0, 28, 28), np.uint8)):
@@ -255,6 +261,10 @@ def test_what_cannot_be_loaded(path, message, tmp_path, monkeypatch):
         "words": ("none.png", "none.png: "),
         "a folder": ("none", "none: "),
         "nothing": (None, "the array: expected images"),
+        "a gradient": (torch.zeros(1, 28, 28, requires_grad=True), "the array: "),
+        "no pixels": (Image.new("L", (0, 0)), "the image cannot be read: "),
+        "a rare mode": (Image.new("La", (30, 30)), "the image cannot be read: "),
+        "32 bits": (Image.new("F", (30, 30)), "expected 8 or 16 bits per pixel, found 32"),
         "in a list": ([np.zeros((28, 28), np.uint8), "none.jpg"], "none.jpg: "),
         "colours out of range": (np.full((9, 9, 3), 2.0), "expected floats from 0 to 1, found 2.0"),
     }.values(),
@@ -263,6 +273,18 @@ def test_what_cannot_be_predicted(model, images, message, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(mnist.InputError, match=re.escape(message)):
         model.predict(images)
+
+
+def test_a_mistyped_mode_is_no_mode(model, images):
+    with pytest.raises(mnist.InputError, match="prepare takes one of auto, as-is, mnist, not 'as'"):
+        model.predict(images, prepare="as")
+
+
+def test_pillows_limit_is_the_callers(model, tmp_path, monkeypatch):
+    Image.new("L", (60, 60)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert len(model.predict(tmp_path / "a.png")) == 1
+    assert Image.MAX_IMAGE_PIXELS == 100
 
 
 def test_as_is_takes_28_by_28_alone(model, tmp_path):
