@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,6 +22,17 @@ IMAGE_SUFFIXES = frozenset(".png .jpg .jpeg .bmp .gif .tif .tiff .webp .pgm .hei
 _MOST_PIXELS = 200_000_000
 _ORIENTATION = 0x0112  # of EXIF
 _DECODERS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")  # no others: one runs Ghostscript
+
+
+def decoders() -> dict[str, str | None]:
+    """The versions of the packages that decode; None of an extra that is not installed."""
+    found: dict[str, str | None] = {}
+    for package in ("pillow", "pillow-heif", "pypdfium2"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
 
 
 class Frame(NamedTuple):
@@ -42,6 +54,7 @@ def decode_frames(
     longest: int,
     check: Callable[["Image.Image"], None],
     *,
+    first: int = 0,
     what: str = "an image",
     upright: bool = True,
 ) -> Iterator[Frame]:
@@ -51,6 +64,7 @@ def decode_frames(
         path: the file.
         longest: pixels of the longer side, to which larger frames are reduced.
         check: raises an InputError if the file, opened but not yet decoded, is not as expected.
+        first: how many frames to leave out.
         what: is expected, for messages.
         upright: turn them as EXIF says.
 
@@ -59,18 +73,20 @@ def decode_frames(
     """
     from PIL import Image
 
-    decoders: tuple[str, ...] = _DECODERS
+    formats: tuple[str, ...] = _DECODERS
     if path.suffix.lower() in (".heic", ".heif"):
         _register_heif(path)
-        decoders = (*decoders, "HEIF")
-    number = 0
+        formats = (*formats, "HEIF")
+    number = first
     while True:
         try:
             with warnings.catch_warnings(), _own_limit():
                 warnings.simplefilter("ignore")  # Pillow's: of what matters, the error says more
-                with Image.open(path, formats=decoders) as image:
+                with Image.open(path, formats=formats) as image:
                     check(image)
                     count = count_frames(image)
+                    if number >= count:
+                        return
                     if number:
                         image.seek(number)
                     width, height = image.size
@@ -121,9 +137,9 @@ def _register_heif(path: Path) -> None:
     register_heif_opener(thumbnails=False)  # with them, drafts would be smaller than is asked for
 
 
-def draw_pdf(path: Path, longest: int) -> Iterator[Frame]:
-    """The pages of a PDF, each as a picture whose longer side has ``longest`` pixels; its size in
-    the file is taken to be that.
+def draw_pdf(path: Path, longest: int, first: int = 0) -> Iterator[Frame]:
+    """The pages of a PDF from the given one on, each as a picture whose longer side has
+    ``longest`` pixels; its size in the file is taken to be that.
 
     Raises:
         InputError: it is no PDF, damaged, or not to be opened without a password.
@@ -138,7 +154,7 @@ def draw_pdf(path: Path, longest: int) -> Iterator[Frame]:
     try:
         with pypdfium2.PdfDocument(path) as document:
             document.init_forms()  # or what is filled in is not drawn
-            for number in range(len(document)):
+            for number in range(first, len(document)):
                 page = document[number]
                 scale = (longest - 0.001) / max(1.0, *page.get_size())  # it rounds up
                 bitmap = page.render(scale=scale, rev_byteorder=True)

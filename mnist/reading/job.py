@@ -1,12 +1,11 @@
 """The reading job: which photos by which model, where the readings go, and the summary."""
 
-import hashlib
 import json
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,17 +17,25 @@ from mnist.cli import InputError
 from mnist.distributed import World, connect
 from mnist.evaluation.job import Weights, find_weights, refuse_missing
 from mnist.model import MLP, Doubt, load_model
+from mnist.pictures import decoders
 from mnist.reading.config import ReadConfig
 from mnist.reading.hocr import is_hocr, write_hocr
-from mnist.reading.journal import Index, Journal, subject_of, unfinished, writing
+from mnist.reading.journal import (
+    Index,
+    Journal,
+    Stat,
+    files_digest,
+    fingerprint,
+    subject_of,
+    writing,
+)
 from mnist.reading.page import Shown, render_page
 from mnist.reading.photo import find_photos
-from mnist.reading.readings import ACCEPTED, is_ours, scored, write_rows
+from mnist.reading.place import FILES, HOCR, find_complete, find_place, hold_place, refuse_taken
+from mnist.reading.readings import ACCEPTED, scored, write_rows
 from mnist.reading.truth import Score, read_truth
 from mnist.reading.work import read_share
-from mnist.runs.checkpoint import enclosing_checkpoint
 from mnist.runs.environment import environment
-from mnist.runs.folder import hold
 from mnist.runs.mirror import WandbSettings, open_mirror
 from mnist.system import StopRequest, flush_to_disk, sha256, write_file
 
@@ -36,8 +43,6 @@ _COUNTED = (
     "files", "files_read", "files_error", "files_without", "pages", "numbers", "accepted",
     "doubtful", "rejected", "digits", "digits_accepted",
 )  # fmt: skip
-_FILES = ("readings.csv", "readings.html", "readings.json")
-_HOCR = "readings.hocr"
 _MOST_ERRORS = 1000  # that readings.json lists
 
 
@@ -47,10 +52,14 @@ class _Start:
 
     output: Path
     subject: str
-    journal: Path
-    number: int
-    todo: NDArray[np.int64]
-    shown: list[Shown]
+    facts: str
+    """The fingerprint of what the readings are made by."""
+    complete: dict[str, Any] | None = None
+    """The report, if an earlier start has finished and nothing has changed since."""
+    journal: Path = Path()
+    number: int = 0
+    todo: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    shown: list[Shown] = field(default_factory=list)
 
 
 def read(config: ReadConfig) -> None:
@@ -74,25 +83,20 @@ def read(config: ReadConfig) -> None:
         models: list[MLP] = []
         world.from_all(lambda: models.append(load_model(weights.path)), prepares=True)
         model = models[0].to(world.device, world.precision)
-        start = world.from_main(lambda: _begin(config, weights, world, stack), prepares=True)
-        journal = Journal.join(start.journal)
-        done, interrupted = read_share(
-            model, journal, start.todo, start.shown, start.number, world, stop
-        )
-        if interrupted:
+        start = world.from_main(lambda: _begin(config, weights, truth, world, stack), prepares=True)
+        report = start.complete
+        if report is None:
+            journal = Journal.join(start.journal)
+            _read_rest(start, journal, model, world, stop)
+            seconds = time.perf_counter() - began
             if world.is_main:
-                print(
-                    f"interrupted: {done:,} of {len(journal.photos):,} files are read; the same "
-                    "command again goes on",
-                    flush=True,
-                )
-            raise SystemExit(75)
-        if not world.is_main:
-            return
-        seconds = time.perf_counter() - began
-        with writing(start.output):
-            report = _finish(config, start, journal, weights, model, truth, world, seconds)
-        journal.remove()
+                with writing(start.output):
+                    report = _finish(config, start, journal, weights, model, truth, world, seconds)
+                journal.remove()
+        elif world.is_main:
+            print(f"{start.output} is complete; without it, the same command reads again")
+    if report is None or not world.is_main:
+        return
     _print_summary(report, start.output)
     if weights.run is not None and weights.step is None:
         mirror = open_mirror(settings)
@@ -101,28 +105,64 @@ def read(config: ReadConfig) -> None:
         mirror.close()
 
 
-def _begin(config: ReadConfig, weights: Weights, world: World, stack: ExitStack) -> _Start:
+def _begin(
+    config: ReadConfig,
+    weights: Weights,
+    truth: dict[Path, str] | None,
+    world: World,
+    stack: ExitStack,
+) -> _Start:
     """Find the photos, the place of their readings, and what an earlier start has read."""
     photos = find_photos(config.photos, config.files_from)
     weights.say_unfinished("reads")
     subject = subject_of(photos)
-    output = _find_place(config, weights, photos, subject)
+    output = find_place(config, weights, photos, subject)
     identity = {
         "subject": subject,
         "model": sha256(weights.path),
         "precision": world.precision_name,
         "device": world.device.type,
+        "decoders": decoders(),  # without one of them, files are errors that need not be
     }
+    hold_place(output, subject, stack)
+    runs_on = environment(world)
+    facts = fingerprint(
+        {
+            **identity,
+            "made_by": [runs_on[name] for name in ("commit", "versions")],
+            "files": files_digest(photos),
+            "truth": {str(photo): text for photo, text in (truth or {}).items()},
+        }
+    )
+    complete = find_complete(output, config.hocr, facts, photos)
+    if complete is not None:
+        Journal.begin(output, photos, identity).remove()  # of a start that was killed at its end
+        return _Start(output, subject, facts, complete)
     journal = Journal.begin(output, photos, identity)
-    with writing(output):
-        hold(output, stack, "take another --output-dir", journal.folder)
     with closing(journal.index()) as index:
-        todo = journal.remaining(index)
-        shown = journal.shown(index)
+        todo, shown = journal.remaining(index)
     if len(todo) < len(photos):
         read = len(photos) - len(todo)
         print(f"goes on: {read:,} of {len(photos):,} files have been read", flush=True)
-    return _Start(output, subject, journal.folder, journal.starts() + 1, todo, shown)
+    number = journal.starts() + 1
+    return _Start(output, subject, facts, None, journal.folder, number, todo, shown)
+
+
+def _read_rest(
+    start: _Start, journal: Journal, model: MLP, world: World, stop: StopRequest
+) -> None:
+    """Read what is left; a SystemExit with 75 if asked to stop."""
+    done, interrupted = read_share(
+        model, journal, start.todo, start.shown, start.number, world, stop
+    )
+    if interrupted:
+        if world.is_main:
+            print(
+                f"interrupted: {done:,} of {len(journal.photos):,} files are read; the same "
+                "command again goes on",
+                flush=True,
+            )
+        raise SystemExit(75)
 
 
 def _finish(
@@ -143,15 +183,13 @@ def _finish(
     Raises:
         InputError: none of the photos could be read; then nothing is left.
     """
-    aside, names = journal.folder, list(_FILES)
-    hocr = start.output / _HOCR
+    aside, names = journal.folder, list(FILES)
+    hocr = start.output / HOCR
     with closing(journal.index()) as index:
         try:
             found = _merge(aside, index, truth, model.doubt)
         except InputError:
             journal.remove()
-            with suppress(OSError):
-                start.output.rmdir()  # if it is empty
             raise
         report = {
             "title": _title(config),
@@ -169,15 +207,16 @@ def _finish(
         shown = journal.shown(index)
         records = {one.file: index.record(one.file) for one in shown}
         write_file(aside / "readings.html", render_page(report, records, shown))
-        _write_report(aside / "readings.json", report, index)
+        _write_report(aside / "readings.json", report, index, start.facts)
         if config.hocr:
-            names.insert(0, _HOCR)
-            with (aside / _HOCR).open("w", encoding="utf-8") as file:
+            names.insert(0, HOCR)
+            with (aside / HOCR).open("w", encoding="utf-8") as file:
                 write_hocr(file, index.records())
-    if not config.hocr and is_hocr(hocr):
-        hocr.unlink()  # of earlier readings
     for name in names:
         flush_to_disk(aside / name)
+    refuse_taken(start.output, start.subject)  # in the meantime
+    if not config.hocr and is_hocr(hocr):
+        hocr.unlink()  # of earlier readings
     for name in names:
         (aside / name).replace(start.output / name)
     return report
@@ -199,72 +238,20 @@ def _title(config: ReadConfig) -> str:
     return f"Readings of {name}{more}"
 
 
-def _write_report(path: Path, report: dict[str, Any], index: Index) -> None:
+def _write_report(path: Path, report: dict[str, Any], index: Index, facts: str) -> None:
     """``readings.json``, with the SHA-256 of every file, of which there may be millions."""
     with path.open("w") as file:
+
+        def written() -> Iterator[Stat | None]:
+            for place, record in enumerate(index.records()):
+                pair = f"{json.dumps(record['file'])}: {json.dumps(record['sha256'])}"
+                file.write(f"{',' if place else ''}\n    {pair}")
+                yield record["stat"]
+
         file.write(json.dumps(report, indent=2, allow_nan=False).removesuffix("\n}"))
         file.write(',\n  "files_sha256": {')
-        for place, record in enumerate(index.records()):
-            pair = f"{json.dumps(record['file'])}: {json.dumps(record['sha256'])}"
-            file.write(f"{',' if place else ''}\n    {pair}")
-        file.write("\n  }\n}\n")
-
-
-def _find_place(config: ReadConfig, weights: Weights, photos: list[str], subject: str) -> Path:
-    """The folder of these readings, which earlier ones of the same photos may have.
-
-    Raises:
-        InputError: it holds what is not ours, or is a checkpoint.
-    """
-    if config.output_dir is not None:
-        folder = config.output_dir
-        inside = enclosing_checkpoint(folder)
-        if inside is not None:
-            raise InputError(f"--output-dir {folder} is inside the checkpoint {inside}")
-        if taken := _taken(folder, subject):
-            raise InputError(f"{folder} has {taken}; take another --output-dir, or move it away")
-        return folder
-    name = _name_of(config, photos)
-    folder = weights.home / "readings" / name
-    if taken := _taken(folder, subject, begun=True):
-        other = folder.with_name(f"{name}-{hashlib.sha256(subject.encode()).hexdigest()[:6]}")
-        print(f"{folder} has {taken}, which stays: these go to {other}", flush=True)
-        folder = other
-        if taken := _taken(folder, subject):
-            raise InputError(f"{folder} has {taken}; take an --output-dir, or move it away")
-    return folder
-
-
-def _name_of(config: ReadConfig, photos: list[str]) -> str:
-    """After the photo or the folder that is named, or that the first of several lies in."""
-    if len(config.photos) == 1 and config.files_from is None:
-        named = config.photos[0].resolve()
-        if named.exists():
-            return named.name if named.is_dir() else named.stem
-    if not config.photos and config.files_from is not None:
-        return config.files_from.stem or "photos"
-    return Path(photos[0]).resolve().parent.name or "photos"
-
-
-def _taken(folder: Path, subject: str, *, begun: bool = False) -> str:
-    """What is in a folder that must not be replaced by readings of these photos, or "".
-
-    Args:
-        folder: of readings.
-        subject: of these.
-        begun: count readings that are not finished.
-    """
-    try:
-        report = json.loads((folder / "readings.json").read_bytes())
-        return "" if report["subject"] == subject else "the readings of other photos"
-    except FileNotFoundError:
-        if begun and any(one.get("subject") != subject for one in unfinished(folder)):
-            return "unfinished readings of other photos"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "a readings.json of other origin"
-    with suppress(FileNotFoundError):
-        return "" if is_ours(folder / "readings.csv") else "a readings.csv of other origin"
-    return "a readings.html of other origin" if (folder / "readings.html").exists() else ""
+        made_from = fingerprint(facts, written())
+        file.write(f'\n  }},\n  "made_from": "{made_from}"\n}}\n')
 
 
 # ------------------------------------------------------------------------------------ the files

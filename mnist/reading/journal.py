@@ -7,14 +7,16 @@ OUTPUT/.unfinished-IDENTITY/
     00003-00001.shown    pictures of the pages that were the most urgent so far
 
 Lines are appended, pictures before the record of their file, and nothing is changed in place. So
-a kill costs no more than what was being read; a line that was cut short is no line.
+a kill costs no more than what was being read; a line that was cut short is no line. The last record
+of a file counts; that of a long one may be of its first pages.
 """
 
 import hashlib
+import heapq
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -23,12 +25,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mnist.cli import InputError
-from mnist.reading.page import Shown, most_urgent
-from mnist.system import sha256, write_file
+from mnist.reading.page import MOST_SHOWN, Shown, most_urgent, rank_of
+from mnist.system import write_file
 
 _PREFIX = ".unfinished-"
 _MOST_OPEN = 200  # files, of as many as starts and processes have made
 Stat = list[int]
+Record = dict[str, Any]
+"""Of a file: its path (``file``), ``sha256`` and ``stat``, its ``pages`` as ``describe`` has them,
+how urgent each is (``urgencies``), the ``error`` if it could not be read to its end, and whether
+more of it is still to be read (``unfinished``)."""
 
 
 class Journal:
@@ -44,15 +50,12 @@ class Journal:
         Raises:
             InputError: it cannot be written.
         """
-        listed = b"".join(os.fsencode(photo) + b"\0" for photo in photos)
-        # Also how they are spelled: a relative path is another one in another folder.
-        files = hashlib.sha256(listed).hexdigest()
-        text = json.dumps({**identity, "files": files}, sort_keys=True)
+        text = json.dumps({**identity, "files": files_digest(photos)}, sort_keys=True)
         folder = output / (_PREFIX + hashlib.sha256(text.encode()).hexdigest()[:12])
         with writing(folder):
             if not (folder / "identity.json").exists():
                 folder.mkdir(parents=True, exist_ok=True)
-                write_file(folder / "files", listed)
+                write_file(folder / "files", _spelled(photos))
                 write_file(folder / "identity.json", text)
         return cls(folder, photos)
 
@@ -71,22 +74,48 @@ class Journal:
         """Where the last record of each file is."""
         return Index(self.folder, len(self.photos))
 
-    def remaining(self, index: "Index") -> NDArray[np.int64]:
-        """Which files are still to be read: those without a record, and those that have changed."""
-        todo = [
-            place
-            for place, photo in enumerate(self.photos)
-            if not index.has(place) or has_changed(photo, index.record(place))
-        ]
-        return np.array(todo, np.int64)
+    def remaining(self, index: "Index") -> tuple[NDArray[np.int64], list[Shown]]:
+        """Which files are still to be read, ascending, and the most urgent pages of what has been.
 
-    def shown(self, index: "Index") -> list[Shown]:
-        """The most urgent pages, of files as they were read last."""
+        To be read are those without a record or with one that is unfinished, those that may have
+        changed since, and those with a page that has become one of the most urgent, as another has
+        changed, and has no picture.
+        """
+        todo: set[int] = set()
+        changed: set[int] = set()
+        ranks: list[tuple[float, int, int]] = []
+        for place, photo in enumerate(self.photos):
+            record = index.record(place) if index.has(place) else None
+            if record is None or record["unfinished"]:
+                todo.add(place)
+            if record is None:
+                continue
+            if record["stat"] != stat_of(photo):
+                changed.add(place)
+                continue
+            ranks += [rank_of(urgent, place, n) for n, urgent in enumerate(record["urgencies"])]
+            if len(ranks) > 100 * MOST_SHOWN:
+                ranks = heapq.nsmallest(MOST_SHOWN, ranks)
+        shown = self.shown(index, changed)
+        pictured = {one.rank for one in shown}
+        lost = {rank[1] for rank in heapq.nsmallest(MOST_SHOWN, ranks) if rank not in pictured}
+        return np.array(sorted(todo | changed | lost), np.int64), shown
+
+    def shown(self, index: "Index", without: Collection[int] = ()) -> list[Shown]:
+        """The most urgent pages, of files as they were read last.
+
+        Args:
+            index: of this journal.
+            without: places of files whose pages do not count.
+        """
         found: dict[tuple[int, int], Shown] = {}
         for part in sorted(self.folder.glob("*.shown")):
             for line in _lines(part):
                 one = Shown(**json.loads(line))
-                if index.has(one.file) and index.record(one.file)["sha256"] == one.sha256:
+                if one.file in without or not index.has(one.file):
+                    continue
+                record = index.record(one.file)
+                if record["sha256"] == one.sha256 and one.page < len(record["pages"]):
                     found[one.file, one.page] = one
             found = {(one.file, one.page): one for one in most_urgent(found.values())}
         return most_urgent(found.values())
@@ -123,7 +152,7 @@ class Index:
         """Whether a file has a record."""
         return bool(self._part[place] >= 0)
 
-    def record(self, place: int) -> dict[str, Any]:
+    def record(self, place: int) -> Record:
         """What was read of a file."""
         number = int(self._part[place])
         if number < 0:
@@ -134,10 +163,10 @@ class Index:
                 self.close()
             part = self._open[number] = self._parts[number].open("rb")
         part.seek(int(self._start[place]))
-        record: dict[str, Any] = json.loads(part.readline().partition(b"\t")[2])
+        record: Record = json.loads(part.readline().partition(b"\t")[2])
         return record
 
-    def records(self) -> Iterator[dict[str, Any]]:
+    def records(self) -> Iterator[Record]:
         """Of all files, in their order."""
         return (self.record(place) for place in range(len(self._part)))
 
@@ -157,7 +186,7 @@ class Writer:
             self._shown.close()
             self._records.close()
 
-    def add(self, records: dict[int, dict[str, Any]], shown: Sequence[Shown]) -> None:
+    def add(self, records: Mapping[int, Record], shown: Sequence[Shown]) -> None:
         """What was read of some files, by place, and what of it may be shown.
 
         Raises:
@@ -192,6 +221,16 @@ def subject_of(photos: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
+def files_digest(photos: Sequence[str]) -> str:
+    """The same with regard to how they are spelled, which is how they are named in the files: a
+    relative path is another one in another folder."""
+    return hashlib.sha256(_spelled(photos)).hexdigest()
+
+
+def _spelled(photos: Sequence[str]) -> bytes:
+    return b"".join(os.fsencode(photo) + b"\0" for photo in photos)
+
+
 def unfinished(output: Path) -> list[dict[str, Any]]:
     """The identities of the readings that a folder has begun."""
     found = []
@@ -201,6 +240,15 @@ def unfinished(output: Path) -> list[dict[str, Any]]:
     return found
 
 
+def fingerprint(facts: object, stats: Iterable[Stat | None] = ()) -> str:
+    """What tells complete readings from others: by what they are made, as JSON takes it, and the
+    stats of the files."""
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for found in stats:
+        digest.update(f"{found}\n".encode())
+    return digest.hexdigest()
+
+
 def stat_of(photo: str) -> Stat | None:
     """Size and times of a file, by which a change is noticed."""
     try:
@@ -208,20 +256,6 @@ def stat_of(photo: str) -> Stat | None:
     except OSError:
         return None
     return [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
-
-
-def has_changed(photo: str, record: dict[str, Any]) -> bool:
-    """Whether a file is no more what was read. Its bytes decide, where its times differ: a copy
-    has others."""
-    found = stat_of(photo)
-    if found == record["stat"]:
-        return False
-    if found is None or record["stat"] is None or found[0] != record["stat"][0]:
-        return True
-    try:
-        return record["sha256"] is None or sha256(Path(photo)) != record["sha256"]
-    except OSError:
-        return True
 
 
 def _lines(part: Path) -> Iterator[bytes]:

@@ -1,7 +1,7 @@
 """Reading: every photo exactly once, by any number of processes, each as fast as it can.
 
 Photos are handed out a few at a time by a counter that the processes share, so that none waits for
-another. What is read goes into the journal at once.
+another. What is read goes into the journal at once, of a long file what is read of it so far.
 """
 
 import errno
@@ -10,7 +10,7 @@ import os
 import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from mnist.evaluation.scoring import predict, progress
 from mnist.meeting import shared_counter
 from mnist.model import CLASSES, MLP, Doubt
 from mnist.pictures import Frame
-from mnist.reading.journal import Journal, Writer, stat_of
+from mnist.reading.journal import Index, Journal, Record, Writer, stat_of
 from mnist.reading.page import MOST_SHOWN, Shown, most_urgent, rank_of, show, urgency
 from mnist.reading.photo import load_pages
 from mnist.reading.reader import Scorer, read_pages
@@ -35,6 +35,8 @@ from mnist.system import StopRequest, sha256
 _AT_ONCE = 32  # files that a process takes at most
 _TOGETHER = 4_000_000  # pixels of pages that are read in one batch: one large photo, or many crops
 _BLOCK = 512  # images that the network sees at once
+_SECONDS_AT_STAKE = 30  # of the reading of one file
+_CHANGING = [-1]  # the stat of a file that is to be read again
 _PATIENCE_SECONDS = 30  # with the others, once asked to stop
 _ENDED = 1 << 40  # of the counter: more than there are files
 
@@ -54,7 +56,7 @@ def read_share(
         model: on the world's device, in its precision.
         journal: where the readings go.
         todo: places of the files to read; the same on every rank.
-        shown: the most urgent pages of those that were read before.
+        shown: the most urgent pages of what was read before.
         start: the number of this start.
         world: the processes that share the work.
         stop: which any of them may hear.
@@ -69,8 +71,6 @@ def read_share(
     claim, done, over = (
         shared_counter(f"{start} {name}", world.meeting) for name in ("claim", "done", "over")
     )
-    together = _TOGETHER if world.precision == torch.float32 and world.device.type == "cpu" else 0
-    reader = _Reader(model, world, together, shown)
     count = len(journal.photos)
     before = count - len(todo)
     failed: InputError | None = None
@@ -82,12 +82,15 @@ def read_share(
 
     with progress(count, "files", "read", begun=before, shown=world.is_main) as show_done:
         try:
-            with closing(Writer(journal.folder, start, world.rank)) as writer:
+            with ExitStack() as stack:
+                index = stack.enter_context(closing(journal.index()))
+                writer = stack.enter_context(closing(Writer(journal.folder, start, world.rank)))
+                reader = _Reader(model, world, journal.photos, index, shown)
                 while (turn := claim(1) - 1) < len(parts):
-                    places = todo[parts[turn]].tolist()
-                    records = reader.read([journal.photos[at] for at in places], places, stop)
-                    writer.add(dict(zip(places, records, strict=False)), reader.fresh())
-                    show_done(before + done(len(records)))
+                    for records in reader.read(todo[parts[turn]].tolist(), stop):
+                        writer.add(records, reader.fresh())
+                        whole = sum(not record["unfinished"] for record in records.values())
+                        show_done(before + done(whole))
                     if stop.requested:
                         claim(_ENDED)  # for all
         except InputError as error:
@@ -147,11 +150,15 @@ def in_blocks(model: MLP, images: NDArray[np.uint8], world: World) -> NDArray[An
 class _Reader:
     """Reads files, and keeps pictures of the pages that need a look most."""
 
-    def __init__(self, model: MLP, world: World, together: int, shown: list[Shown]) -> None:
+    def __init__(
+        self, model: MLP, world: World, photos: Sequence[str], index: Index, shown: list[Shown]
+    ) -> None:
         self._doubt: Doubt | None = model.doubt
         self._score: Scorer = lambda images: in_blocks(model, images, world)
         # Where the bits of a prediction depend on what else is predicted, pages stay alone.
-        self._together = together
+        steady = world.precision == torch.float32 and world.device.type == "cpu"
+        self._together = _TOGETHER if steady else 0
+        self._photos, self._index = photos, index
         self._kept, self._fresh = shown, list[Shown]()
 
     def fresh(self) -> list[Shown]:
@@ -159,59 +166,97 @@ class _Reader:
         fresh, self._fresh = self._fresh, []
         return fresh
 
-    def read(
-        self, photos: Sequence[str], places: Sequence[int], stop: StopRequest
-    ) -> list[dict[str, Any]]:
-        """The record of each of these files, or of the first few if asked to stop.
+    def read(self, places: Sequence[int], stop: StopRequest) -> Iterator[dict[int, Record]]:
+        """The records of some files, or of the first few if asked to stop, when they may be
+        written: of a long file also while it is read.
 
         Args:
-            photos: their paths.
-            places: among all files.
+            places: of the files among all.
             stop: the request.
         """
-        records: list[dict[str, Any]] = [
-            {"file": photo, "pages": [], "error": None, "sha256": None, "stat": stat_of(photo)}
-            for photo in photos
-        ]
+        records: dict[int, Record] = {}
         waiting: list[tuple[int, Frame]] = []
-        pixels = 0
-        for which, record in enumerate(records):
+        pixels, written = 0, time.monotonic()
+        for place in places:
             if stop.requested:
-                del records[which:]
                 break
             try:
-                record["sha256"] = _sha256(photos[which])
-                for frame in load_pages(Path(photos[which])):
-                    waiting.append((which, frame))
+                record = records[place] = self._begin(place)
+                for frame in self._frames(record):
+                    waiting.append((place, frame))
                     pixels += math.prod(frame.pixels.shape[:2])
                     if pixels > self._together:
-                        self._read(waiting, records, places)
+                        self._read(waiting, records)
                         pixels = 0
+                    if stop.requested:
+                        break
+                    if not waiting and time.monotonic() - written > _SECONDS_AT_STAKE:
+                        yield _settled(records)
+                        records, written = {place: record}, time.monotonic()
+                else:
+                    record["unfinished"] = False
             except InputError as damaged:
-                record["error"] = str(damaged).removeprefix(f"{photos[which]}: ")
-            except OSError as error:
-                record["error"] = f"cannot be read as an image: {error.strerror}"
-        self._read(waiting, records, places)
-        for record in records:
-            if record["stat"] != stat_of(record["file"]):  # changed while it was read
-                record["stat"] = [-1]
-        return records
+                record["error"] = str(damaged).removeprefix(f"{record['file']}: ")
+                record["unfinished"] = False
+        self._read(waiting, records)
+        yield _settled(records)
 
-    def _read(
-        self,
-        waiting: list[tuple[int, Frame]],
-        records: list[dict[str, Any]],
-        places: Sequence[int],
-    ) -> None:
+    def _begin(self, place: int) -> Record:
+        """The record of a file before it is read, with what an earlier start has read of it."""
+        photo = self._photos[place]
+        record: Record = {"file": photo, "pages": [], "urgencies": [], "error": None}
+        record |= {"sha256": None, "stat": stat_of(photo), "unfinished": True}
+        try:
+            record["sha256"] = _sha256(photo)
+        except OSError as error:
+            record["error"] = f"cannot be read as an image: {error.strerror}"
+            record["unfinished"] = False
+            if error.errno != errno.EINVAL and record["stat"]:
+                record["stat"] = _CHANGING  # it may be there, and whole, the next time
+            return record
+        if not self._index.has(place):
+            return record
+        known = self._index.record(place)
+        if known["sha256"] == record["sha256"] and self._has_pictures(known, place):
+            return known | {"stat": record["stat"]}
+        self._kept = [one for one in self._kept if one.file != place]
+        return record
+
+    def _has_pictures(self, known: Record, place: int) -> bool:
+        """Whether there are pictures of all pages of a file that would be kept, were it read now;
+        what was read while the file changed counts for nothing."""
+        pictured = {(one.rank, one.sha256) for one in self._kept}
+        ranks = [rank_of(urgent, place, n) for n, urgent in enumerate(known["urgencies"])]
+        return known["stat"] != _CHANGING and all(
+            (rank, known["sha256"]) in pictured or not self._keeps(rank) for rank in ranks
+        )
+
+    def _frames(self, record: Record) -> Iterator[Frame]:
+        """The pages of a file that are still to be read."""
+        if record["unfinished"]:
+            yield from load_pages(Path(record["file"]), len(record["pages"]))
+
+    def _keeps(self, rank: tuple[float, int, int]) -> bool:
+        return len(self._kept) < MOST_SHOWN or rank < self._kept[-1].rank
+
+    def _read(self, waiting: list[tuple[int, Frame]], records: dict[int, Record]) -> None:
         pages = read_pages([frame for _, frame in waiting], self._score)
-        for (which, frame), page in zip(waiting, pages, strict=True):
-            record = records[which]
+        for (file, frame), page in zip(waiting, pages, strict=True):
+            record = records[file]
             described = describe(page, self._doubt)
-            place = places[which], len(record["pages"])
+            urgent, place = urgency(page, described), (file, len(record["pages"]))
             record["pages"].append(described)
-            urgent = urgency(page, described)
-            if len(self._kept) < MOST_SHOWN or rank_of(urgent, *place) < self._kept[-1].rank:
+            record["urgencies"].append(urgent)
+            if self._keeps(rank_of(urgent, *place)):
                 one = show(page, frame, urgent, place, record["sha256"])
                 self._kept = most_urgent([*self._kept, one])
                 self._fresh.append(one)
         waiting.clear()
+
+
+def _settled(records: dict[int, Record]) -> dict[int, Record]:
+    """With a mark at those of files that have changed while they were read."""
+    for record in records.values():
+        if record["stat"] != stat_of(record["file"]):
+            record["stat"] = _CHANGING
+    return records

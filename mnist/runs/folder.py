@@ -187,7 +187,7 @@ def hold(
     stack: ExitStack,
     other: str = "choose another --run-name",
     place: Path | None = None,
-) -> None:
+) -> Path:
     """Lock a folder; the system releases the lock even when this process is killed.
 
     Args:
@@ -196,12 +196,15 @@ def hold(
         other: what else a user can do where it is in use.
         place: the folder of the lock; by default that in which ``folder`` lies.
 
+    Returns:
+        The lock, a file.
+
     Raises:
         InputError: it stays in use for 10 s.
     """
-    lock = FileLock((place or folder.parent) / f".{folder.name}.lock")
+    lock = (place or folder.parent) / f".{folder.name}.lock"
     try:
-        stack.enter_context(lock.acquire(timeout=_LOCK_SECONDS))
+        stack.enter_context(FileLock(lock).acquire(timeout=_LOCK_SECONDS))
     except Timeout:
         raise InputError(
             f"{folder} is in use by another process; wait for its end, or {other}"
@@ -213,6 +216,7 @@ def hold(
             f"{folder.parent}: its file system has no locks ({error.strerror}); do not start this "
             "twice at once"
         )
+    return lock
 
 
 def _is_restart() -> bool:

@@ -1,6 +1,7 @@
 """Reading as a batch: exactly once, killed and continued, whatever the files and however many."""
 
 import csv
+import errno
 import hashlib
 import json
 import os
@@ -16,16 +17,26 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import torch
+from filelock import FileLock
 from made_pages import ink_of, on_paper
 from PIL import Image
 from wandb_logs import logs, records
 
 from mnist.cli import InputError
+from mnist.distributed import World
+from mnist.model import load_model
+from mnist.pictures import Frame
+from mnist.reading import work
+from mnist.reading.config import parse_read_config
 from mnist.reading.hocr import write_hocr
-from mnist.reading.journal import Journal, Writer, has_changed, stat_of, subject_of
+from mnist.reading.job import read
+from mnist.reading.journal import Journal, Writer, fingerprint, stat_of, subject_of
 from mnist.reading.page import MOST_BYTES, Shown, most_urgent, render_page
 from mnist.reading.photo import find_photos
 from mnist.reading.work import portions
+from mnist.runs import folder as folder_module
+from mnist.system import StopRequest
 
 ROOT = Path(__file__).parents[2]
 FILES = ("readings.csv", "readings.html")
@@ -36,8 +47,15 @@ FILES = ("readings.csv", "readings.html")
 
 def record(photo, **more):
     digest = hashlib.sha256(Path(photo).read_bytes()).hexdigest()
-    stat = stat_of(photo)
-    return {"file": photo, "pages": [], "error": None, "sha256": digest, "stat": stat, **more}
+    made = {"file": photo, "pages": [], "urgencies": [], "error": None, "unfinished": False}
+    return made | {"sha256": digest, "stat": stat_of(photo), **more}
+
+
+def left(journal):
+    """Which files are still to be read, and which pages are shown of what has been."""
+    with closing(journal.index()) as index:
+        todo, pictures = journal.remaining(index)
+    return todo.tolist(), [(one.file, one.page) for one in pictures]
 
 
 @pytest.fixture
@@ -67,8 +85,8 @@ def test_what_is_read_is_found_again(files, tmp_path):
     again = Journal.begin(tmp_path / "out", files, {"model": "m"})
     assert again.folder == journal.folder and again.starts() == 2
     assert Journal.join(journal.folder).photos == files
+    assert left(again) == ([1, 2, 5, 6], [])
     with closing(again.index()) as index:
-        assert again.remaining(index).tolist() == [1, 2, 5, 6]
         assert index.record(3)["file"] == files[3]
     assert Journal.begin(tmp_path / "out", files, {"model": "n"}).folder != journal.folder
     assert Journal.begin(tmp_path / "out", files[1:], {"model": "m"}).folder != journal.folder
@@ -98,36 +116,80 @@ def test_more_starts_than_files_that_may_be_open(files, tmp_path):
     assert journal.starts() == 1499
 
 
-def test_changes_are_noticed(files):
-    known = record(files[0])
-    assert not has_changed(files[0], known)
-    os.utime(files[0], (5, 5))
-    assert not has_changed(files[0], known)  # the same bytes
-    content, times = Path(files[0]).read_text(), os.stat(files[0])
-    Path(files[0]).write_text(content.upper())
-    os.utime(files[0], ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert has_changed(files[0], known)  # of the same size and time
-    Path(files[0]).write_text(content + "!")
-    assert has_changed(files[0], known)
-    Path(files[0]).unlink()
-    assert has_changed(files[0], known)
-    missing = {"sha256": None, "stat": None}
-    assert not has_changed(files[0], missing)
-    Path(files[0]).write_text("now there")
-    assert has_changed(files[0], missing)
+def test_changes_are_noticed(files, tmp_path):
+    journal = Journal.begin(tmp_path / "out", files, {})
+    missing, present = files[5], files[:5]
+    Path(missing).unlink()
+    with closing(Writer(journal.folder, 1, 0)) as writer:
+        gone = {**record(files[0]), "file": missing, "sha256": None, "stat": None, "error": "gone"}
+        writer.add({n: record(photo) for n, photo in enumerate(present)} | {5: gone}, [])
+    assert left(journal)[0] == [6]
+    os.utime(files[0], (5, 5))  # a process that takes it looks at its bytes
+    content, times = Path(files[1]).read_text(), os.stat(files[1])
+    Path(files[1]).write_text(content.upper())
+    os.utime(files[1], ns=(times.st_atime_ns, times.st_mtime_ns))  # of the same size and time
+    Path(files[2]).write_text("another")
+    Path(files[3]).unlink()
+    Path(missing).write_text("now there")
+    assert left(journal)[0] == [0, 1, 2, 3, 5, 6]
+
+
+def pages(photo, urgencies, **more):
+    return record(photo, pages=[{}] * len(urgencies), urgencies=urgencies, **more)
 
 
 def test_pictures_of_what_was_read_anew_are_of_that(files, tmp_path):
     journal = Journal.begin(tmp_path, files, {})
-    old, new = record(files[0], sha256="old"), record(files[0], sha256="new")
+    old, new = pages(files[0], [0.9], sha256="old"), pages(files[0], [0.2], sha256="new")
     with closing(Writer(journal.folder, 1, 0)) as writer:
         writer.add(
-            {0: old, 1: record(files[1], sha256="b")}, [shown(0, 0.9, "old"), shown(1, 0.5, "b")]
+            {0: old, 1: pages(files[1], [0.5], sha256="b")},
+            [shown(0, 0.9, "old"), shown(1, 0.5, "b")],
         )
     with closing(Writer(journal.folder, 2, 0)) as writer:
         writer.add({0: new}, [shown(0, 0.2, "new"), shown(6, 0.7, "not recorded")])
     with closing(journal.index()) as index:
         assert [(one.file, one.sha256) for one in journal.shown(index)] == [(1, "b"), (0, "new")]
+    assert left(journal) == ([2, 3, 4, 5, 6], [(1, 0), (0, 0)])
+    Path(files[1]).write_text("changed")
+    assert left(journal) == ([1, 2, 3, 4, 5, 6], [(0, 0)])
+
+
+def test_a_page_that_others_make_room_for_gets_its_picture(files, tmp_path):
+    """A file of 100 urgent pages, which changes, has left another without a picture."""
+    journal = Journal.begin(tmp_path, files, {})
+    many = [0.9 + n / 1000 for n in range(100)]
+    with closing(Writer(journal.folder, 1, 0)) as writer:
+        pictures = [shown(0, urgent, "a", n) for n, urgent in enumerate(many)]
+        writer.add({0: pages(files[0], many, sha256="a")}, pictures)
+        writer.add({n: pages(files[n], [n / 10]) for n in range(1, 7)}, [])
+    assert left(journal)[0] == []
+    Path(files[0]).write_text("changed")
+    assert left(journal) == ([0, 1, 2, 3, 4, 5, 6], [])
+    with closing(Writer(journal.folder, 2, 0)) as writer:
+        writer.add({0: pages(files[0], [0.0])}, [shown(0, 0.0, record(files[0])["sha256"])])
+        again = {n: pages(files[n], [n / 10]) for n in range(1, 6)}
+        writer.add(again, [shown(n, n / 10, one["sha256"]) for n, one in again.items()])
+    assert left(journal) == ([6], [(5, 0), (4, 0), (3, 0), (2, 0), (1, 0), (0, 0)])
+
+
+def test_of_a_long_file_the_first_pages_are_kept(files, tmp_path):
+    journal = Journal.begin(tmp_path, files, {})
+    first = pages(files[2], [0.3, 0.4], unfinished=True)
+    with closing(Writer(journal.folder, 1, 0)) as writer:
+        pictures = [shown(2, urgent, first["sha256"], n) for n, urgent in enumerate((0.3, 0.4, 1))]
+        writer.add({2: first}, pictures)  # the third was not written down
+    todo, pictures = left(journal)
+    assert 2 in todo and pictures == [(2, 1), (2, 0)]
+
+
+def test_complete_readings_are_of_the_same_files(files):
+    stats = [stat_of(photo) for photo in files]
+    known = fingerprint({"model": "m"}, stats)
+    assert known == fingerprint({"model": "m"}, json.loads(json.dumps(stats)))
+    assert known != fingerprint({"model": "n"}, stats)
+    os.utime(files[3], (5, 5))
+    assert known != fingerprint({"model": "m"}, map(stat_of, files))
 
 
 def test_most_urgent_does_not_depend_on_the_order():
@@ -170,8 +232,14 @@ def test_files_folders_patterns_and_lists(tmp_path, monkeypatch):
     assert find_photos([Path("b/*")]) == inside
     Path("lines").write_bytes(b"d.png\nb/\xff.png\r\n\nb/c\n")
     assert find_photos([], Path("lines")) == ["d.png", odd, "b/c/3.tiff"]
-    Path("nuls").write_bytes(b"d.png\0b/1.jpg\0")
+    Path("nuls").write_bytes(b"./d.png\0b/1.jpg\0")
     assert find_photos([], Path("nuls")) == ["d.png", "b/1.jpg"]
+    Path("nothing").mkdir()
+    lost = ["a [1].png", "*.png", "x" * 300]  # in a list, none is a pattern; rows say why
+    Path("lost").write_text("\n".join(["nothing", *lost, "d.png"]))
+    assert find_photos([], Path("lost")) == [*lost, "d.png"]
+    assert find_photos([Path("x" * 300)]) == ["x" * 300]
+    Path("only").write_text("nothing\n")
     Path("link.png").symlink_to("d.png")
     assert find_photos([Path("link.png"), Path("d.png")]) == ["link.png"]
     assert find_photos([Path("none.png")]) == ["none.png"]  # a row says why
@@ -180,6 +248,8 @@ def test_files_folders_patterns_and_lists(tmp_path, monkeypatch):
     Path("blank").touch()
     for named, listed, message in (
         ([Path("*.gif")], None, "*.gif: no image files in it"),
+        ([Path("nothing")], None, "nothing: no image files in it"),
+        ([], Path("only"), "--files-from only: no image files in it"),
         ([], Path("blank"), "--files-from blank: expected a path on each line"),
         ([], Path("none"), "--files-from none: No such file"),
     ):
@@ -418,3 +488,141 @@ def test_wandb_gets_counts_and_photos_only_if_asked(fast_run, photos, tmp_path):
             summary |= one["update"]
         assert summary["readings/000/files_read"] == 1
         assert bool(list(log.parent.glob("files/media/**/*.html"))) == bool(options)
+
+
+@pytest.fixture
+def reader(with_doubt, files, tmp_path, monkeypatch):
+    """Reads files, pages of which are texts, 5 of them at once, as a process would."""
+    monkeypatch.setattr(work, "_SECONDS_AT_STAKE", -1)
+    loaded = []
+
+    def load_pages(path, first=0):
+        for text in path.read_text().split()[first:]:
+            loaded.append(text)
+            yield Frame(np.full((2, 2), 255, np.uint8), (2, 2))
+
+    monkeypatch.setattr(work, "load_pages", load_pages)
+    model = load_model(with_doubt(temperature=1.0, threshold=0.9))
+    journal = Journal.begin(tmp_path / "out", files, {})
+
+    def read(start, places, stop=None):
+        loaded.clear()
+        world = World(precision=torch.bfloat16)  # pages stay alone
+        with closing(journal.index()) as index:
+            _, pictures = journal.remaining(index)
+            one = work._Reader(model, world, files, index, pictures)
+            with closing(Writer(journal.folder, start, 0)) as writer:
+                for records in one.read(places, stop or StopRequest()):
+                    writer.add(records, one.fresh())
+        with closing(journal.index()) as index:
+            return [index.record(place) for place in places if index.has(place)]
+
+    return read, loaded
+
+
+def test_touched_files_are_not_read_again(reader, files):
+    read, loaded = reader
+    for path in files:
+        Path(path).write_text(f"{path} " * 30)
+    before = read(1, range(7))
+    assert len(loaded) == 210 and all(len(one["pages"]) == 30 for one in before)
+    for path in files:
+        os.utime(path, (5, 5))
+    Path(files[6]).write_text("another")
+    after = read(2, range(7))
+    # Of what is touched so much is read that there are pictures of all that may be shown.
+    assert loaded == [path for path in files[:4] for _ in range(30)] + ["another"]
+    assert len(after[6]["pages"]) == 1
+    for old, new, path in zip(before[:6], after, files, strict=False):
+        assert new == old | {"stat": stat_of(path)} != old
+
+
+def test_long_files_go_on_in_the_middle(reader, files):
+    read, loaded = reader
+    Path(files[2]).write_text("a b c d e f")
+
+    class Stop:
+        @property
+        def requested(self):
+            return len(loaded) == 4
+
+    (part,) = read(1, [2], Stop())
+    assert loaded == ["a", "b", "c", "d"] and part["unfinished"] and len(part["pages"]) == 4
+    (whole,) = read(2, [2])
+    assert loaded == ["e", "f"] and not whole["unfinished"] and len(whole["pages"]) == 6
+    Path(files[3]).write_text("a b c d e")
+    assert read(3, [3], Stop())[0]["unfinished"]
+    Path(files[3]).write_text("A B C D E")
+    assert len(read(4, [3])[0]["pages"]) == 5 and loaded == list("ABCDE")
+
+
+def test_what_could_not_be_opened_is_tried_again(reader, files, monkeypatch):
+    read, _ = reader
+
+    def refuse(path):
+        raise OSError(errno.EIO, "input/output error")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(work, "sha256", refuse)
+        (record,) = read(1, [0])
+    assert record["error"] == "cannot be read as an image: input/output error"
+    assert record["stat"] != stat_of(files[0])
+    Path(files[1]).write_text("")
+    (record,) = read(2, [1])
+    assert record["error"].endswith("it is empty") and record["stat"] == stat_of(files[1])
+
+
+# ------------------------------------------------------------------------------------ the folder
+
+
+@pytest.fixture
+def run(capfd):
+    """Reads in this process: what it says, or the InputError."""
+
+    def run(*options):
+        read(parse_read_config([*map(str, options), "--threads", "1"]))
+        return capfd.readouterr().out
+
+    return run
+
+
+def test_complete_readings_are_left_alone(run, model_file, photos, tmp_path):
+    folder, output = tmp_path / "photos", tmp_path / "out"
+    folder.mkdir()
+    for name in ("000.png", "001.jpg", "002.png"):
+        shutil.copy(photos / name, folder)
+    options = ["--model", model_file, folder, "--output-dir", output]
+    first = run(*options)
+    before = {path: path.stat().st_mtime_ns for path in output.iterdir()}
+    assert (
+        run(*options) == f"{output} is complete; without it, the same command reads again\n{first}"
+    )
+    assert {path: path.stat().st_mtime_ns for path in output.iterdir()} == before
+    shutil.copy(photos / "003.jpg", folder / "002.png")
+    assert "is complete" not in run(*options)
+    assert "is complete" not in run(*options, "--hocr")
+    assert {path.name for path in output.iterdir()} == {*FILES, "readings.json", "readings.hocr"}
+    assert "is complete" in run(*options, "--hocr")
+    (output / "readings.html").unlink()
+    assert "is complete" not in run(*options)
+    assert {path.name for path in output.iterdir()} == {*FILES, "readings.json"}
+
+
+def test_what_others_have_put_there_stays(run, model_file, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_module, "_LOCK_SECONDS", 0.1)
+    options = ["--model", model_file, photos / "000.png", "--output-dir"]
+    (tmp_path / "file").touch()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/readings.hocr").write_text("<html>mine</html>")
+    (tmp_path / "busy").mkdir()
+    for name, reason in (
+        ("file", "is not a folder; take another --output-dir"),
+        ("file/out", "Not a directory"),
+        ("out", "has a readings.hocr of other origin; take another --output-dir"),
+        ("busy", "is in use by another process; wait for its end, or take another --output-dir"),
+    ):
+        with FileLock(tmp_path / "busy/.busy.lock"), pytest.raises(InputError, match=reason):
+            run(*options, tmp_path / name, "--hocr")
+    assert (tmp_path / "out/readings.hocr").read_text() == "<html>mine</html>"
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["readings.hocr"]
+    assert not list((tmp_path / "busy").glob("readings*"))
