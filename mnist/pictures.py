@@ -77,8 +77,8 @@ def decode_frames(
     if path.suffix.lower() in (".heic", ".heif"):
         _register_heif(path)
         formats = (*formats, "HEIF")
-    number = first
-    while True:
+    number, count = first, first + 1
+    while number < count:
         try:
             with warnings.catch_warnings(), _own_limit():
                 warnings.simplefilter("ignore")  # Pillow's: of what matters, the error says more
@@ -109,8 +109,6 @@ def decode_frames(
         lies = orientation in (5, 6, 7, 8)
         yield Frame(pixels, (height, width) if lies else (width, height))
         number += 1
-        if number >= count:
-            return
 
 
 @contextmanager

@@ -111,7 +111,7 @@ field.addEventListener("pointermove", event => {
   strokes[strokes.length - 1].push(...(between.length ? between : [event]).map(pointOf));
   later();
 });
-for (const end of ["pointerup", "pointercancel"]) {
+for (const end of ["pointerup", "pointercancel", "lostpointercapture"]) {
   field.addEventListener(end, event => {
     if (event.pointerId !== active) return;
     active = null;

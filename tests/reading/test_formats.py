@@ -56,6 +56,15 @@ def test_every_page_of_a_pdf_is_a_page(drawn, tmp_path):
     assert find_photos([tmp_path]) == [str(path)]
 
 
+@pytest.mark.parametrize("name", ["three.pdf", "three.tif"])
+def test_pages_from_one_in_the_middle_on(name, tmp_path):
+    levels = [Image.new("L", (30, 20), 100 * number) for number in range(3)]
+    levels[0].save(tmp_path / name, save_all=True, append_images=levels[1:])
+    for first in range(5):
+        found = [page.pixels.mean() for page in load_pages(tmp_path / name, first)]
+        assert found == pytest.approx([0, 100, 200][first:], abs=2)
+
+
 def test_pages_of_any_shape(tmp_path):
     for name, size in (("flat", (5000, 3)), ("dot", (1, 1)), ("large", (4000, 6000))):
         Image.new("1", size, 1).save(tmp_path / f"{name}.pdf", resolution=72)
