@@ -181,6 +181,16 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def source_digest() -> str:
+    """SHA-256 of this package's source, whether it is installed or runs from a tree with changes
+    that are not committed."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
 def move_aside(path: Path) -> Path:
     """Rename it to the first of NAME.1, NAME.2, … that is free; return that."""
     names = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))

@@ -41,7 +41,7 @@ def find_images(folder: Path, labels: Path | None) -> tuple[list[str], str]:
         prefix = "" if inside == "." else f"{inside}/"
         for name in (name for name in names if not name.startswith(".")):
             if os.path.splitext(name)[1].lower() not in IMAGE_SUFFIXES:
-                if labels and Path(parent, name).resolve() == labels.resolve():
+                if labels and os.path.realpath(Path(parent, name)) == os.path.realpath(labels):
                     continue
                 ignored += 1
                 first_ignored = min(first_ignored or prefix + name, prefix + name)

@@ -1,6 +1,7 @@
 """The reading job: which photos by which model, where the readings go, and the summary."""
 
 import json
+import os
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from mnist.pictures import decoders
 from mnist.reading.config import ReadConfig
 from mnist.reading.hocr import is_hocr, write_hocr
 from mnist.reading.journal import (
+    CHANGING,
     Index,
     Journal,
     Stat,
@@ -37,7 +39,7 @@ from mnist.reading.truth import Score, read_truth
 from mnist.reading.work import read_share
 from mnist.runs.environment import environment
 from mnist.runs.mirror import WandbSettings, open_mirror
-from mnist.system import StopRequest, flush_to_disk, sha256, write_file
+from mnist.system import StopRequest, flush_to_disk, sha256, source_digest, write_file
 
 _COUNTED = (
     "files", "files_read", "files_error", "files_without", "pages", "numbers", "accepted",
@@ -108,7 +110,7 @@ def read(config: ReadConfig) -> None:
 def _begin(
     config: ReadConfig,
     weights: Weights,
-    truth: dict[Path, str] | None,
+    truth: dict[str, str] | None,
     world: World,
     stack: ExitStack,
 ) -> _Start:
@@ -125,20 +127,16 @@ def _begin(
         "decoders": decoders(),  # without one of them, files are errors that need not be
     }
     hold_place(output, subject, stack)
-    runs_on = environment(world)
-    facts = fingerprint(
-        {
-            **identity,
-            "made_by": [runs_on[name] for name in ("commit", "versions")],
-            "files": files_digest(photos),
-            "truth": {str(photo): text for photo, text in (truth or {}).items()},
-        }
-    )
+    made_by = fingerprint([source_digest(), environment(world)["versions"]])
+    named = [files_digest(photos), _title(config), str(weights.path)]
+    facts = fingerprint([identity, made_by, named, truth])
     complete = find_complete(output, config.hocr, facts, photos)
     if complete is not None:
         Journal.begin(output, photos, identity).remove()  # of a start that was killed at its end
         return _Start(output, subject, facts, complete)
-    journal = Journal.begin(output, photos, identity)
+    journal = Journal.begin(output, photos, identity, made_by)
+    if journal.made_by() != made_by:
+        facts = "begun by another version of this program"  # to be read again
     with closing(journal.index()) as index:
         todo, shown = journal.remaining(index)
     if len(todo) < len(photos):
@@ -171,7 +169,7 @@ def _finish(
     journal: Journal,
     weights: Weights,
     model: MLP,
-    truth: dict[Path, str] | None,
+    truth: dict[str, str] | None,
     world: World,
     seconds: float,
 ) -> dict[str, Any]:
@@ -217,6 +215,7 @@ def _finish(
     refuse_taken(start.output, start.subject)  # in the meantime
     if not config.hocr and is_hocr(hocr):
         hocr.unlink()  # of earlier readings
+    (start.output / "readings.json").unlink(missing_ok=True)  # it vouches for the others
     for name in names:
         (aside / name).replace(start.output / name)
     return report
@@ -258,7 +257,7 @@ def _write_report(path: Path, report: dict[str, Any], index: Index, facts: str) 
 
 
 def _merge(
-    aside: Path, index: Index, truth: dict[Path, str] | None, doubt: Doubt | None
+    aside: Path, index: Index, truth: dict[str, str] | None, doubt: Doubt | None
 ) -> dict[str, Any]:
     """Write ``readings.csv`` aside.
 
@@ -271,14 +270,17 @@ def _merge(
     counts = Counter[str](dict.fromkeys(_COUNTED, 0))
     errors: list[dict[str, str]] = []
     score = Score()
+    changing = 0
 
     def counted() -> Iterator[dict[str, Any]]:
+        nonlocal changing
         for record in index.records():
             _count(record, counts)
+            changing += record["stat"] == CHANGING
             if record["error"] is not None and len(errors) < _MOST_ERRORS:
                 errors.append({"file": record["file"], "error": record["error"]})
             if truth is not None:
-                wanted = truth.get(Path(record["file"]).resolve())
+                wanted = truth.get(os.path.realpath(record["file"]))
                 if wanted is not None:
                     score.add(wanted, [line for page in record["pages"] for line in scored(page)])
             yield record
@@ -299,6 +301,11 @@ def _merge(
         warnings.append(
             "the model has no temperature and no threshold, so that nothing is accepted; "
             "--recipe reader makes one that has"
+        )
+    if changing:
+        warnings.append(
+            f"{changing:,} files were changing or out of reach when they were read; the same "
+            "command reads again"
         )
     if truth is not None and not score.photos:
         warnings.append("the truth names none of these files")

@@ -2,6 +2,7 @@
 
 OUTPUT/.unfinished-IDENTITY/
     identity.json        what is read by what; another list, model or setting is another reading
+    made_by              the program of the first start
     files                the paths, each ended by a NUL byte
     00003-00001.records  of the third start, by its rank 1: a line for each file that is read
     00003-00001.shown    pictures of the pages that were the most urgent so far
@@ -31,6 +32,8 @@ from mnist.system import write_file
 _PREFIX = ".unfinished-"
 _MOST_OPEN = 200  # files, of as many as starts and processes have made
 Stat = list[int]
+CHANGING: Stat = [-1]
+"""Of a file that is to be read again."""
 Record = dict[str, Any]
 """Of a file: its path (``file``), ``sha256`` and ``stat``, its ``pages`` as ``describe`` has them,
 how urgent each is (``urgencies``), the ``error`` if it could not be read to its end, and whether
@@ -44,8 +47,11 @@ class Journal:
         self.folder, self.photos = folder, photos
 
     @classmethod
-    def begin(cls, output: Path, photos: Sequence[str], identity: dict[str, Any]) -> "Journal":
-        """Make it, or find what an earlier start of the same reading has left.
+    def begin(
+        cls, output: Path, photos: Sequence[str], identity: dict[str, Any], made_by: str = ""
+    ) -> "Journal":
+        """Make it, or find what an earlier start of the same reading has left, perhaps of another
+        version of this program (``made_by``).
 
         Raises:
             InputError: it cannot be written.
@@ -56,6 +62,7 @@ class Journal:
             if not (folder / "identity.json").exists():
                 folder.mkdir(parents=True, exist_ok=True)
                 write_file(folder / "files", _spelled(photos))
+                write_file(folder / "made_by", made_by)
                 write_file(folder / "identity.json", text)
         return cls(folder, photos)
 
@@ -65,6 +72,10 @@ class Journal:
         with writing(folder):
             listed = (folder / "files").read_bytes().split(b"\0")[:-1]
         return cls(folder, [os.fsdecode(photo) for photo in listed])
+
+    def made_by(self) -> str:
+        """Which program has begun it."""
+        return (self.folder / "made_by").read_text()
 
     def starts(self) -> int:
         """How many there were."""
@@ -117,7 +128,8 @@ class Journal:
                 record = index.record(one.file)
                 if record["sha256"] == one.sha256 and one.page < len(record["pages"]):
                     found[one.file, one.page] = one
-            found = {(one.file, one.page): one for one in most_urgent(found.values())}
+                if len(found) > 2 * MOST_SHOWN:
+                    found = {(one.file, one.page): one for one in most_urgent(found.values())}
         return most_urgent(found.values())
 
     def remove(self) -> None:

@@ -64,7 +64,7 @@ def _of_list(listed: Path) -> list[str]:
     except OSError as error:
         raise InputError(f"--files-from {listed}: {error.strerror}") from None
     lines = content.split(b"\0") if b"\0" in content else content.splitlines()
-    found = [os.path.normpath(os.fsdecode(line)) for line in lines if line.strip()]
+    found = [str(Path(os.fsdecode(line))) for line in lines if line.strip()]
     if not found:
         raise InputError(f"--files-from {listed}: expected a path on each line, found none")
     return found

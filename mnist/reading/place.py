@@ -28,10 +28,10 @@ def hold_place(output: Path, subject: str, stack: ExitStack) -> None:
         InputError: it cannot be made, is in use, or has got readings of other photos.
     """
     with writing(output):
-        if not output.exists():
-            stack.callback(_remove_if_empty, output)
         output.mkdir(parents=True, exist_ok=True)
-        lock = hold(output, stack, "take another --output-dir", output)
+        stack.callback(_remove_if_empty, output)
+        lock = output / ".lock"
+        hold(output, stack, "take another --output-dir", lock)
         stack.callback(lock.unlink, missing_ok=True)  # it has no use in a folder of readings
     refuse_taken(output, subject)  # by who held the lock
 
@@ -51,7 +51,7 @@ def find_complete(output: Path, hocr: bool, facts: str, photos: list[str]) -> di
         photos: the paths of what is to be read.
     """
     names = [*FILES, HOCR] if hocr else FILES
-    if not all((output / name).exists() for name in names):
+    if not all((output / name).is_file() for name in names):
         return None
     try:
         report: dict[str, Any] = json.loads((output / "readings.json").read_bytes())
@@ -88,12 +88,12 @@ def find_place(config: ReadConfig, weights: Weights, photos: list[str], subject:
 def _name_of(config: ReadConfig, photos: list[str]) -> str:
     """After the photo or the folder that is named, or that the first of several lies in."""
     if len(config.photos) == 1 and config.files_from is None:
-        named = config.photos[0].resolve()
+        named = Path(os.path.realpath(config.photos[0]))
         if os.path.exists(named):
             return named.name if named.is_dir() else named.stem
     if not config.photos and config.files_from is not None:
         return config.files_from.stem or "photos"
-    return Path(photos[0]).resolve().parent.name or "photos"
+    return Path(os.path.realpath(photos[0])).parent.name or "photos"
 
 
 def refuse_taken(folder: Path, subject: str) -> None:
@@ -113,18 +113,19 @@ def _taken(folder: Path, subject: str, *, begun: bool = False) -> str:
     Raises:
         InputError: it is no folder.
     """
-    if folder.exists() and not folder.is_dir():
+    if os.path.exists(folder) and not folder.is_dir():
         raise InputError(f"{folder} is not a folder; take another --output-dir")
-    if (folder / HOCR).exists() and not is_hocr(folder / HOCR):
+    if os.path.exists(folder / HOCR) and not is_hocr(folder / HOCR):
         return f"a {HOCR} of other origin"
     try:
         report = json.loads((folder / "readings.json").read_bytes())
         return "" if report["subject"] == subject else "the readings of other photos"
-    except (FileNotFoundError, NotADirectoryError):
-        if begun and any(one.get("subject") != subject for one in unfinished(folder)):
-            return "unfinished readings of other photos"
     except (OSError, ValueError, KeyError, TypeError):
-        return "a readings.json of other origin"
-    with suppress(FileNotFoundError, NotADirectoryError):
-        return "" if is_ours(folder / "readings.csv") else "a readings.csv of other origin"
-    return "a readings.html of other origin" if (folder / "readings.html").exists() else ""
+        if os.path.lexists(folder / "readings.json"):
+            return "a readings.json of other origin"
+    if begun and any(one.get("subject") != subject for one in unfinished(folder)):
+        return "unfinished readings of other photos"
+    for name, ours in (("readings.csv", is_ours), ("readings.html", None)):
+        if os.path.lexists(folder / name):
+            return "" if ours and ours(folder / name) else f"a {name} of other origin"
+    return ""

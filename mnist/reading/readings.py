@@ -126,6 +126,9 @@ def write_rows(target: IO[str], records: Iterable[dict[str, Any]]) -> None:
 
 def is_ours(path: Path) -> bool:
     """Whether a file begins as ``readings.csv`` does."""
-    with path.open("rb") as file:
-        begin = ",".join(COLUMNS).encode()
-        return file.read(len(begin)) == begin
+    begin = ",".join(COLUMNS).encode()
+    try:
+        with path.open("rb") as file:
+            return file.read(len(begin)) == begin
+    except OSError:
+        return False

@@ -1,6 +1,7 @@
 """What is really written, and how much of it was read: digits aligned by edit distance."""
 
 import csv
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from mnist.evaluation.report import wilson_interval
 _CURVE_POINTS = 200
 
 
-def read_truth(path: Path) -> dict[Path, str]:
+def read_truth(path: Path) -> dict[str, str]:
     """By resolved path of the photo: its lines, parted by slashes, of numbers, parted by spaces.
 
     Raises:
@@ -24,7 +25,7 @@ def read_truth(path: Path) -> dict[Path, str]:
             table = csv.DictReader(file, strict=True)
             if not {"file", "truth"} <= set(table.fieldnames or ()):
                 raise InputError(f"--truth {path}: expected the columns file and truth")
-            found: dict[Path, str] = {}
+            found: dict[str, str] = {}
             for row in table:
                 text = row["truth"] or ""
                 if not set(text) <= set("0123456789 /"):
@@ -32,7 +33,7 @@ def read_truth(path: Path) -> dict[Path, str]:
                         f"--truth {path}, line {table.line_num}: expected digits, spaces and "
                         f"slashes, found {text!r}"
                     )
-                found[(path.parent / row["file"]).resolve()] = text
+                found[os.path.realpath(path.parent / row["file"])] = text
             return found
     except OSError as error:
         raise InputError(f"--truth {path}: {error.strerror}") from None

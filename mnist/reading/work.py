@@ -25,7 +25,7 @@ from mnist.evaluation.scoring import predict, progress
 from mnist.meeting import shared_counter
 from mnist.model import CLASSES, MLP, Doubt
 from mnist.pictures import Frame
-from mnist.reading.journal import Index, Journal, Record, Writer, stat_of
+from mnist.reading.journal import CHANGING, Index, Journal, Record, Writer, stat_of
 from mnist.reading.page import MOST_SHOWN, Shown, most_urgent, rank_of, show, urgency
 from mnist.reading.photo import load_pages
 from mnist.reading.reader import Scorer, read_pages
@@ -36,7 +36,7 @@ _AT_ONCE = 32  # files that a process takes at most
 _TOGETHER = 4_000_000  # pixels of pages that are read in one batch: one large photo, or many crops
 _BLOCK = 512  # images that the network sees at once
 _SECONDS_AT_STAKE = 30  # of the reading of one file
-_CHANGING = [-1]  # the stat of a file that is to be read again
+_LASTING = {errno.EINVAL, errno.EACCES, errno.EPERM}  # what ends them changes a file's times
 _PATIENCE_SECONDS = 30  # with the others, once asked to stop
 _ENDED = 1 << 40  # of the counter: more than there are files
 
@@ -211,13 +211,13 @@ class _Reader:
         except OSError as error:
             record["error"] = f"cannot be read as an image: {error.strerror}"
             record["unfinished"] = False
-            if error.errno != errno.EINVAL and record["stat"]:
-                record["stat"] = _CHANGING  # it may be there, and whole, the next time
-            return record
+            if error.errno not in _LASTING and record["stat"]:
+                record["stat"] = CHANGING  # it may be there, and whole, the next time
         if not self._index.has(place):
             return record
         known = self._index.record(place)
-        if known["sha256"] == record["sha256"] and self._has_pictures(known, place):
+        same = record["sha256"] is not None and record["sha256"] == known["sha256"]
+        if same and self._has_pictures(known, place):
             return known | {"stat": record["stat"]}
         self._kept = [one for one in self._kept if one.file != place]
         return record
@@ -227,7 +227,7 @@ class _Reader:
         what was read while the file changed counts for nothing."""
         pictured = {(one.rank, one.sha256) for one in self._kept}
         ranks = [rank_of(urgent, place, n) for n, urgent in enumerate(known["urgencies"])]
-        return known["stat"] != _CHANGING and all(
+        return known["stat"] != CHANGING and all(
             (rank, known["sha256"]) in pictured or not self._keeps(rank) for rank in ranks
         )
 
@@ -258,5 +258,5 @@ def _settled(records: dict[int, Record]) -> dict[int, Record]:
     """With a mark at those of files that have changed while they were read."""
     for record in records.values():
         if record["stat"] != stat_of(record["file"]):
-            record["stat"] = _CHANGING
+            record["stat"] = CHANGING
     return records

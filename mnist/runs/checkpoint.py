@@ -123,7 +123,7 @@ def step_of(checkpoint: Path) -> int:
 
 def enclosing_checkpoint(path: Path) -> Path | None:
     """The checkpoint that a path lies in, or is; None for any other path."""
-    path = path.resolve()
+    path = Path(os.path.realpath(path))
     for folder in (path, *path.parents):
         if folder.parent.name == "checkpoints" and fnmatchcase(folder.name, _NAME):
             return folder

@@ -186,23 +186,20 @@ def hold(
     folder: Path,
     stack: ExitStack,
     other: str = "choose another --run-name",
-    place: Path | None = None,
-) -> Path:
+    lock: Path | None = None,
+) -> None:
     """Lock a folder; the system releases the lock even when this process is killed.
 
     Args:
         folder: to lock.
         stack: holds the lock until it is closed.
         other: what else a user can do where it is in use.
-        place: the folder of the lock; by default that in which ``folder`` lies.
-
-    Returns:
-        The lock, a file.
+        lock: a file for it; by default it lies beside ``folder``.
 
     Raises:
         InputError: it stays in use for 10 s.
     """
-    lock = (place or folder.parent) / f".{folder.name}.lock"
+    lock = lock or folder.parent / f".{folder.name}.lock"
     try:
         stack.enter_context(FileLock(lock).acquire(timeout=_LOCK_SECONDS))
     except Timeout:
@@ -216,7 +213,6 @@ def hold(
             f"{folder.parent}: its file system has no locks ({error.strerror}); do not start this "
             "twice at once"
         )
-    return lock
 
 
 def _is_restart() -> bool:

@@ -27,7 +27,7 @@ from mnist.cli import InputError
 from mnist.distributed import World
 from mnist.model import load_model
 from mnist.pictures import Frame
-from mnist.reading import work
+from mnist.reading import job, work
 from mnist.reading.config import parse_read_config
 from mnist.reading.hocr import write_hocr
 from mnist.reading.job import read
@@ -586,7 +586,7 @@ def run(capfd):
     return run
 
 
-def test_complete_readings_are_left_alone(run, model_file, photos, tmp_path):
+def test_complete_readings_are_left_alone(run, model_file, photos, tmp_path, monkeypatch):
     folder, output = tmp_path / "photos", tmp_path / "out"
     folder.mkdir()
     for name in ("000.png", "001.jpg", "002.png"):
@@ -605,6 +605,11 @@ def test_complete_readings_are_left_alone(run, model_file, photos, tmp_path):
     assert "is complete" in run(*options, "--hocr")
     (output / "readings.html").unlink()
     assert "is complete" not in run(*options)
+    assert "is complete" in run(*options)
+    assert "is complete" not in run("--model", model_file, f"{folder}/*", "--output-dir", output)
+    assert "Readings of *" in (output / "readings.html").read_text()
+    monkeypatch.setattr(job, "source_digest", lambda: "another version")
+    assert "is complete" not in run("--model", model_file, f"{folder}/*", "--output-dir", output)
     assert {path.name for path in output.iterdir()} == {*FILES, "readings.json"}
 
 
@@ -615,14 +620,86 @@ def test_what_others_have_put_there_stays(run, model_file, photos, tmp_path, mon
     (tmp_path / "out").mkdir()
     (tmp_path / "out/readings.hocr").write_text("<html>mine</html>")
     (tmp_path / "busy").mkdir()
+    (tmp_path / "csv/readings.csv").mkdir(parents=True)
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "again").symlink_to("busy")
     for name, reason in (
+        ("csv", "has a readings.csv of other origin"),
+        ("loop", "File exists"),
+        ("x" * 300, "File name too long"),
+        ("again", "is in use by another process"),
         ("file", "is not a folder; take another --output-dir"),
         ("file/out", "Not a directory"),
         ("out", "has a readings.hocr of other origin; take another --output-dir"),
         ("busy", "is in use by another process; wait for its end, or take another --output-dir"),
     ):
-        with FileLock(tmp_path / "busy/.busy.lock"), pytest.raises(InputError, match=reason):
+        with FileLock(tmp_path / "busy/.lock"), pytest.raises(InputError, match=reason):
             run(*options, tmp_path / name, "--hocr")
     assert (tmp_path / "out/readings.hocr").read_text() == "<html>mine</html>"
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["readings.hocr"]
     assert not list((tmp_path / "busy").glob("readings*"))
+
+
+def test_one_killed_while_its_files_were_moved_is_not_complete(
+    run, model_file, with_doubt, photos, tmp_path, monkeypatch
+):
+    other = with_doubt(temperature=2.0, threshold=0.5)
+    shutil.copy(model_file, tmp_path / "model.safetensors")
+    first, second = (
+        ["--model", model, photos / "000.png", "--output-dir", tmp_path / "out"]
+        for model in (tmp_path / "model.safetensors", other)
+    )
+    run(*first)
+    before = contents(tmp_path / "out")
+    replace = Path.replace
+
+    def kill(path, target):
+        if path.name == "readings.json":
+            raise SystemExit(137)
+        return replace(path, target)
+
+    with monkeypatch.context() as killed:
+        killed.setattr(Path, "replace", kill)
+        with pytest.raises(SystemExit):
+            run(*second)
+    assert contents(tmp_path / "out") != before
+    assert "is complete" not in run(*first)
+    assert contents(tmp_path / "out") == before
+
+
+def test_paths_without_an_end_are_rows(run, model_file, photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("loop.png").symlink_to("loop.png")
+    Path("linked").symlink_to("deep/er")
+    Path("deep/er").mkdir(parents=True)
+    shutil.copy(photos / "000.png", "deep")
+    Path("list").write_text("loop.png\n./linked/../000.png\n")
+    Path("truth.csv").write_text("file,truth\nloop.png,1\nlinked/../000.png,0\n")
+    options = ["--model", model_file, "--files-from", "list", "--truth", "truth.csv"]
+    said = run(*options, "--output-dir", "out")
+    assert "read        1 of 2 files" in said and "Too many levels of symbolic links" in said
+    with pytest.raises(InputError, match="Too many levels"):
+        run("--model", model_file, "loop.png")
+    with pytest.raises(InputError, match="none of 2 files"):
+        run("--model", model_file, "loop.png", "none.png", "--output-dir", "nothing")
+    assert not Path("nothing").exists()
+
+
+def test_begun_by_another_version_it_is_read_again(run, model_file, photos, tmp_path, monkeypatch):
+    options = ["--model", model_file, photos / "000.png", photos / "002.png"]
+    options += ["--output-dir", tmp_path]
+    requests = iter([False, False, False])
+
+    class Stop(StopRequest):
+        requested = property(lambda self: next(requests, True), lambda self, value: None)
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(job, "StopRequest", Stop)
+        with pytest.raises(SystemExit):
+            run(*options)
+    assert written(tmp_path) == 1
+    with monkeypatch.context() as changed:
+        changed.setattr(job, "source_digest", lambda: "another version")
+        assert "goes on: 1 of 2 files" in run(*options)
+        assert "is complete" not in run(*options)
+        assert "is complete" in run(*options)
