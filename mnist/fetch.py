@@ -69,7 +69,7 @@ def fetch_mnist(data_dir: Path) -> None:
 
 def _refuse_inner_folder(data_dir: Path) -> None:
     """Name the right folder where this is one inside of it: a second copy would go into there."""
-    inside = data_dir.resolve()
+    inside = Path(os.path.realpath(data_dir))  # which takes a loop of links
     for root in (inside.parent, inside.parent.parent):
         raw = root / "MNIST" / "raw"
         if inside in (raw, raw.parent) and raw.is_dir():

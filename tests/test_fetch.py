@@ -174,7 +174,10 @@ def test_folder_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "MNIST").write_text("precious too")  # one level below the data folder
     with pytest.raises(InputError, match="Not a directory"):
         fetch.fetch_mnist(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"data", "MNIST"}
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(InputError, match="Too many levels"):
+        fetch.fetch_mnist(tmp_path / "loop")
+    assert {path.name for path in tmp_path.iterdir()} == {"data", "MNIST", "loop"}
 
 
 # ---------------------------------------------------------------------------------- fetching
