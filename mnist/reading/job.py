@@ -333,7 +333,7 @@ def _count(record: dict[str, Any], counts: Counter[str]) -> None:
 
 def _print_summary(report: dict[str, Any], output: Path) -> None:
     counts, speed = report["counts"], report["throughput"]
-    earlier = "" if speed["files"] == counts["files"] else f"; {speed['files']:,} of them now"
+    earlier = "" if speed["files"] == counts["files"] else f"; {speed['files']:,} of them by the last start"
     lines = [
         f"read        {counts['files_read']:,} of {counts['files']:,} files{earlier}, in "
         f"{speed['seconds']:.1f} s, {speed['files_per_second']:,.1f} files/s",
