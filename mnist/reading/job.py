@@ -333,9 +333,9 @@ def _count(record: dict[str, Any], counts: Counter[str]) -> None:
 
 def _print_summary(report: dict[str, Any], output: Path) -> None:
     counts, speed = report["counts"], report["throughput"]
-    earlier = "" if speed["files"] == counts["files"] else f"; {speed['files']:,} of them by the last start"
+    last = "" if speed["files"] == counts["files"] else f"; {speed['files']:,} by the last start"
     lines = [
-        f"read        {counts['files_read']:,} of {counts['files']:,} files{earlier}, in "
+        f"read        {counts['files_read']:,} of {counts['files']:,} files{last}, in "
         f"{speed['seconds']:.1f} s, {speed['files_per_second']:,.1f} files/s",
         *(f"warning     {warning}" for warning in report["warnings"]),
         *(f"error       {error['file']}: {error['error']}" for error in report["errors"][:5]),
