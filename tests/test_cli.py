@@ -174,6 +174,8 @@ def test_every_setting_is_either_numeric_or_known_not_to_be():
         ("--hidden-sizes 5 4 0 3", "--hidden-sizes takes exactly four widths"),
         ("--precision fp8", "--precision"),
         ("--averaging 1", "--averaging takes 0 to below 1"),
+        ("--tied 2", "--tied takes 0 to 1"),
+        ("--tied 0.5", "--tied takes --hidden-sizes of which the first is a multiple of 144"),
         ("--rotation 200", "--rotation takes 0 to 180"),
         ("--scaling 1", "--scaling takes 0 to below 1"),
         ("--shear nan", "--shear takes 0 or more"),

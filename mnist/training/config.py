@@ -69,6 +69,10 @@ class TrainConfig:
     """Weight decay of all weights and biases, as torch.optim's SGD and AdamW define it."""
     label_smoothing: float = 0.0
     """Probability mass spread over all ten classes in the training targets, 0 to below 1."""
+    tied: float = 0.0
+    """Share of the steps, from the first on, in which the first two layers are convolutions (5×5
+    pixels, stride 2): their weights are the same at all places, and zero elsewhere. Then they are
+    set free, and the schedule starts over at a tenth of the learning rate."""
     averaging: float = 0.0
     """Decay, per step, of a moving average of the weights, which then is what is validated, saved
     and scored: 0.999 averages over about 1,000 steps. 0: the weights as they are."""
@@ -149,6 +153,12 @@ class TrainConfig:
             raise InputError("--nesterov takes --optimizer sgd with a --momentum of more than 0")
         require(self, 0 <= self.weight_decay < float("inf"), "weight_decay", "0 or more")
         require(self, 0 <= self.label_smoothing < 1, "label_smoothing", "0 to below 1")
+        require(self, 0 <= self.tied <= 1, "tied", "0 to 1")
+        if self.tied and (widths[0] % 144 or widths[1] % 16):
+            raise InputError(
+                "--tied takes --hidden-sizes of which the first is a multiple of 144 and the second"
+                f" of 16, not {' '.join(map(str, widths))}"
+            )
         require(self, 0 <= self.averaging < 1, "averaging", "0 to below 1")
         require(self, 0 <= self.rotation <= 180, "rotation", "0 to 180")
         require(self, 0 <= self.scaling < 1, "scaling", "0 to below 1")
@@ -196,7 +206,7 @@ _JOB = "train.py"
 # What a run computes depends on these alone; a run is only ever continued with the same ones.
 _NUMERIC = (
     "seed epochs batch_size hidden_sizes optimizer learning_rate schedule warmup momentum nesterov "
-    "weight_decay label_smoothing averaging rotation scaling shear shift elastic "
+    "weight_decay label_smoothing tied averaging rotation scaling shear shift elastic "
     "thickness sharpness other_hands non_digits precision validation_size"
 ).split()
 

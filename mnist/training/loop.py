@@ -36,11 +36,15 @@ from mnist.runs.mirror import NoMirror
 from mnist.system import StopRequest, flush_to_disk
 from mnist.training.allreduce import open_reducer
 from mnist.training.config import TrainConfig, to_yaml
+from mnist.training.convolution import begin_as_convolutions
 from mnist.training.distortion import Distortion
 from mnist.training.step import Learner
 from mnist.training.synthesis import synthesise
 
 _VALIDATION_BATCH = 1024  # large enough for full speed; the activations stay in megabytes
+# Of the learning rate, for layers that were tied: where AdamW has seen no gradient, its first steps
+# are long. At 0.3, and without a new warm-up, they forget more than they learn: docs/record.md.
+_FREE_RATE = 0.1
 _GPU_STEPS_BETWEEN_LOOKS = 16  # at whether to stop: each waits for the GPU
 
 
@@ -75,8 +79,17 @@ class Plan:
         return self.images_until(step) - self.images_until(step - 1)
 
     def learning_rate(self, step: int) -> float:
-        """Of a step, by the schedule at its middle."""
-        return self.config.learning_rate * schedule((step - 0.5) / self.steps, self.config)
+        """Of a step, by the schedule at its middle, which layers that are set free start over."""
+        rate, tied, progress = (
+            self.config.learning_rate,
+            self.config.tied,
+            (step - 0.5) / self.steps,
+        )
+        if self.is_tied(step):
+            progress /= tied
+        elif tied:
+            rate, progress = _FREE_RATE * rate, (progress - tied) / (1 - tied)
+        return rate * schedule(progress, self.config)
 
     def averaging(self, step: int) -> float:
         """The weight that a step's weights have in their average.
@@ -86,6 +99,10 @@ class Plan:
         if not self.config.averaging:
             return 0.0
         return max(1 - self.config.averaging, 10 / (10 + step))
+
+    def is_tied(self, step: int) -> bool:
+        """Whether the first layers are convolutions in a step."""
+        return step <= self.config.tied * self.steps
 
     def ends_epoch(self, step: int) -> bool:
         """Whether a step is the last of its epoch."""
@@ -156,6 +173,8 @@ def fit(
     look_every = 1 if world.device.type == "cpu" else _GPU_STEPS_BETWEEN_LOOKS
     interrupted = False
     model = MLP(config.hidden_sizes).initialise(config.seed)
+    if config.tied:
+        begin_as_convolutions(model, config.seed)
     reducer = open_reducer(world, model)
     with ExitStack() as stack:
         with world.preparing():
@@ -197,7 +216,10 @@ def fit(
             if distort is not None:
                 rows = rank_slice(batch_size, world.rank, world.size)
                 images = distort(images, step, batch_size, rows)
-            learner.step(images, labels, batch_size, rate, plan.averaging(step), stop.requested)
+            learner.step(
+                *(images, labels, batch_size, rate, plan.averaging(step), stop.requested),
+                tied=plan.is_tied(step),
+            )
             if step % look_every == 0:
                 interrupted = step < plan.steps and learner.asked_to_stop()
             seconds = time.perf_counter() - resumed

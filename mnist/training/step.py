@@ -21,6 +21,8 @@ from mnist.model import CLASSES, MLP, NO_DIGIT
 from mnist.products import Kind, training_products
 from mnist.training.allreduce import AllReduce, Reducer, sizes_of_layers
 from mnist.training.config import TrainConfig
+from mnist.training.convolution import convolutions
+from mnist.training.optimizer import Chunk, optimise
 
 # Layers after the last one of this many weights stay in float32, the logits among them: small
 # products gain nothing in half precision (256×128 at batch 64 on a CPU: 64 us in bf16, 36 in fp32),
@@ -51,16 +53,6 @@ class _Buffers(NamedTuple):
 
 
 _NONE = _Buffers([], [])
-
-
-class _Chunk(NamedTuple):
-    """Views of what is updated together."""
-
-    parameters: Tensor
-    momentum: Tensor
-    squares: Tensor
-    average: Tensor
-    half: Tensor  # of the first of the parameters, in half precision
 
 
 class Learner:
@@ -123,8 +115,10 @@ class Learner:
         self._gradients = self._views(self.gradient, self._half_gradient)
         for layer, views in zip(model.layers, self._views(self.average), strict=True):
             layer.weight.data, layer.bias.data = views.weight, views.bias
+        found = convolutions(model.hidden_sizes) if config.tied else []
+        self._convolutions = list(zip(found, self._views(self.gradient), strict=False))
         states = (self.parameters, self.momentum, self.squares, self.average, self._half)
-        self._chunks = [_Chunk(*(state[part] for state in states)) for part in self.reducer.chunks]
+        self._chunks = [Chunk(*(state[part] for state in states)) for part in self.reducer.chunks]
 
         self._targets = torch.eye(NO_DIGIT + 1, CLASSES, device=world.device)
         self._targets += config.label_smoothing * (1 / CLASSES - self._targets)
@@ -157,6 +151,7 @@ class Learner:
         learning_rate: float,
         averaging: float = 0.0,
         stop: bool = False,
+        tied: bool = False,
     ) -> None:
         """Learn from one global batch.
 
@@ -167,12 +162,16 @@ class Learner:
             learning_rate: of this step.
             averaging: the weight of the new weights in their average.
             stop: whether this rank is asked to stop; all learn of it by ``asked_to_stop``.
+            tied: whether the first layers stay convolutions.
         """
         self.reducer.begin()
         inputs, deltas = self._differentiate(images, labels, batch_size)
         self._stop.fill_(stop)
         for number, layers in enumerate(self.reducer.parts):
             self._sum(inputs, deltas, layers)
+            if tied:
+                for index in layers:
+                    self._tie(index)
             self.reducer.send(number)
         self._update(learning_rate, averaging)
         self.reducer.settle()
@@ -334,6 +333,12 @@ class Learner:
             part = slice(half[0].start, half[-1].stop)
             self.gradient[part].copy_(self._half_gradient[part])
 
+    def _tie(self, index: int) -> None:
+        """Make a layer's gradient that of a convolution, if it is to stay one."""
+        if index < len(self._convolutions):
+            convolution, (weight, bias, _) = self._convolutions[index]
+            convolution.tie(weight, bias)
+
     def _update(self, learning_rate: float, averaging: float) -> None:
         """Change the weights by the gradient, unless it overflowed in fp16."""
         counts = self.config.optimizer == "adamw"
@@ -345,51 +350,14 @@ class Learner:
                 overflow = (~gradient.isfinite().all()).float()
                 if counts:
                     self.updates -= overflow
-            self._optimize(chunk, gradient, learning_rate, overflow)
+            scaling = self.loss_scale, overflow
+            optimise(chunk, gradient, self.config, learning_rate, self.updates, scaling)
             if self.loss_scale is not None and overflow is not None:
                 self._adapt_loss_scale(self.loss_scale, overflow)
             if len(chunk.half):
                 chunk.half.copy_(chunk.parameters[: len(chunk.half)])
             if averaging and self.average is not self.parameters:
                 chunk.average.lerp_(chunk.parameters, averaging)
-
-    def _optimize(
-        self, chunk: _Chunk, gradient: Tensor, learning_rate: float, overflow: Tensor | None
-    ) -> None:
-        """What torch.optim's functions call, which have 15 us of checks."""
-        if self.config.optimizer == "sgd":
-            torch._fused_sgd_(
-                [chunk.parameters],
-                [gradient],
-                [chunk.momentum] if self.config.momentum else [],
-                lr=learning_rate,
-                momentum=self.config.momentum,
-                dampening=0.0,
-                nesterov=self.config.nesterov,
-                weight_decay=self.config.weight_decay,
-                maximize=False,
-                is_first_step=False,
-                grad_scale=self.loss_scale,
-                found_inf=overflow,
-            )
-        else:
-            torch._fused_adamw_(
-                [chunk.parameters],
-                [gradient],
-                [chunk.momentum],
-                [chunk.squares],
-                [],
-                [self.updates],
-                lr=learning_rate,
-                beta1=self.config.momentum,
-                beta2=0.999,
-                eps=1e-8,
-                amsgrad=False,
-                weight_decay=self.config.weight_decay,
-                maximize=False,
-                grad_scale=self.loss_scale,
-                found_inf=overflow,
-            )
 
     def _adapt_loss_scale(self, scale: Tensor, overflow: Tensor) -> None:
         """Halve the scale after an overflow, double it after a long time without one."""

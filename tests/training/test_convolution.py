@@ -1,0 +1,115 @@
+"""Tied layers against torch's convolutions, which know nothing of their matrices."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from mnist.cli import InputError
+from mnist.distributed import World
+from mnist.model import MLP
+from mnist.training.config import TrainConfig
+from mnist.training.convolution import begin_as_convolutions, convolutions
+from mnist.training.loop import Plan
+from mnist.training.step import Learner
+
+WIDTHS = (3 * 144, 5 * 16, 24, 16)
+
+
+@pytest.fixture
+def model():
+    made = MLP(WIDTHS).initialise(0)
+    begin_as_convolutions(made, 0)
+    return made
+
+
+def twin(model):
+    """The same network of two convolutions and three linear layers."""
+    first, second = convolutions(model.hidden_sizes)
+    layers = nn.Sequential(
+        nn.Unflatten(1, (1, 28, 28)), nn.Conv2d(1, first.features, 5, 2), nn.ReLU(),
+        nn.Conv2d(first.features, second.features, 5, 2), nn.ReLU(), nn.Flatten(),
+        *(part for sizes in itertools.pairwise((*WIDTHS[1:], 10))
+          for part in (nn.Linear(*sizes), nn.ReLU())),
+    )[:-1]  # fmt: skip
+    linear = [layer for layer in layers if hasattr(layer, "weight")]
+    with torch.no_grad():
+        for ours, theirs, found in zip(model.layers, linear[:2], (first, second), strict=False):
+            theirs.weight.copy_(found.kernels(ours.weight)[:, 0, 0])
+            theirs.bias.copy_(ours.bias.view(found.features, -1)[:, 0])
+        for ours, theirs in zip(list(model.layers)[2:], linear[2:], strict=True):
+            theirs.load_state_dict(ours.state_dict())
+    return layers, linear
+
+
+def batch(size, seed):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(size, 784, generator=generator)
+    return images, torch.randint(0, 10, (size,), generator=generator)
+
+
+def test_a_tied_layer_is_a_convolution(model):
+    layers, linear = twin(model)
+    images, _ = batch(9, 0)
+    torch.testing.assert_close(model(images), layers(images))
+    bounds = [layer.weight.abs().max().item() for layer in linear[:2]]
+    assert bounds == pytest.approx([25**-0.5, 75**-0.5], rel=0.05)
+    assert (model.layers[0].weight != 0).float().mean() == pytest.approx(25 / 784)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_steps_are_those_of_a_convolution(model, optimizer):
+    layers, linear = twin(model)
+    config = TrainConfig(
+        optimizer=optimizer, tied=0.5, hidden_sizes=WIDTHS, weight_decay=0.01, products="torch"
+    )
+    ours = Learner(model, config, World())
+    theirs = (
+        torch.optim.SGD(layers.parameters(), 0.01, momentum=0.9, weight_decay=0.01)
+        if optimizer == "sgd"
+        else torch.optim.AdamW(layers.parameters(), 0.001, weight_decay=0.01)
+    )
+    for step in range(10):
+        images, labels = batch(16, step)
+        ours.step(images, labels, 16, theirs.param_groups[0]["lr"], tied=True)
+        theirs.zero_grad()
+        functional.cross_entropy(layers(images), labels).backward()
+        theirs.step()
+    for layer, convolution, found in zip(
+        ours.model.layers, linear, convolutions(WIDTHS), strict=False
+    ):
+        kernels = found.kernels(layer.weight)
+        expected = convolution.weight[:, None, None].expand_as(kernels)
+        torch.testing.assert_close(kernels, expected, rtol=1e-3, atol=1e-5)
+        assert layer.weight.count_nonzero() <= kernels.numel()
+    images, _ = batch(9, 99)
+    torch.testing.assert_close(ours.logits(images), layers(images), rtol=1e-3, atol=1e-4)
+    ours.step(*batch(16, 50), 16, 0.001)  # set free
+    assert ours.model.layers[0].weight.count_nonzero() > 0.8 * ours.model.layers[0].weight.numel()
+
+
+def test_when_layers_are_set_free():
+    plan = Plan(1000, TrainConfig(tied=0.5, epochs=2, batch_size=100, hidden_sizes=WIDTHS))
+    assert [plan.is_tied(step) for step in (1, 10, 11, 20)] == [True, True, False, False]
+    assert not Plan(1000, TrainConfig(epochs=1)).is_tied(1)
+
+
+def test_the_schedule_starts_over():
+    def rates(**settings):
+        plan = Plan(1000, TrainConfig(batch_size=100, hidden_sizes=WIDTHS, **settings))
+        return [plan.learning_rate(step) for step in range(1, plan.steps + 1)]
+
+    cosine = {"schedule": "cosine", "warmup": 0.2, "learning_rate": 0.5}
+    both = rates(epochs=3, tied=2 / 3, **cosine)
+    assert both[:20] == pytest.approx(rates(epochs=2, **cosine))
+    assert both[20:] == pytest.approx([rate / 10 for rate in rates(epochs=1, **cosine)])
+    assert rates(epochs=1, tied=1.0, **cosine) == rates(epochs=1, **cosine)
+
+
+def test_widths_that_are_no_maps_are_refused():
+    assert [tuple(one) for one in convolutions((288, 48, 20, 20))] == [(1, 28, 2), (2, 12, 3)]
+    for widths in ((512, 256, 128, 64), (288, 50, 20, 20), (143, 16, 20, 20)):
+        with pytest.raises(InputError, match="--tied takes --hidden-sizes"):
+            TrainConfig(tied=0.5, hidden_sizes=widths)
