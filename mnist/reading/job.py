@@ -37,7 +37,7 @@ from mnist.reading.place import FILES, HOCR, find_complete, find_place, hold_pla
 from mnist.reading.readings import ACCEPTED, scored, write_rows
 from mnist.reading.truth import Score, read_truth
 from mnist.reading.work import read_share
-from mnist.runs.environment import environment
+from mnist.runs.environment import environment, versions
 from mnist.runs.mirror import WandbSettings, open_mirror
 from mnist.system import StopRequest, flush_to_disk, sha256, source_digest, write_file
 
@@ -127,7 +127,7 @@ def _begin(
         "decoders": decoders(),  # without one of them, files are errors that need not be
     }
     hold_place(output, subject, stack)
-    made_by = fingerprint([source_digest(), environment(world)["versions"]])
+    made_by = fingerprint([source_digest(), versions()])
     named = [files_digest(photos), _title(config), str(weights.path)]
     facts = fingerprint([identity, made_by, named, truth])
     complete = find_complete(output, config.hocr, facts, photos)

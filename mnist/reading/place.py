@@ -125,7 +125,6 @@ def _taken(folder: Path, subject: str, *, begun: bool = False) -> str:
             return "a readings.json of other origin"
     if begun and any(one.get("subject") != subject for one in unfinished(folder)):
         return "unfinished readings of other photos"
-    for name, ours in (("readings.csv", is_ours), ("readings.html", None)):
-        if os.path.lexists(folder / name):
-            return "" if ours and ours(folder / name) else f"a {name} of other origin"
-    return ""
+    if os.path.lexists(folder / "readings.csv"):
+        return "" if is_ours(folder / "readings.csv") else "a readings.csv of other origin"
+    return "a readings.html of other origin" if os.path.lexists(folder / "readings.html") else ""

@@ -23,9 +23,14 @@ def environment(world: World) -> dict[str, Any]:
         "usable_cores": usable_cores(),
         "platform": platform.platform(),
         "commit": _commit(),
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "accelerate", "numpy")},
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Of what computes."""
+    packages = {name: version(name) for name in ("torch", "accelerate", "numpy")}
+    return {"python": platform.python_version()} | packages
 
 
 def _hardware(device: torch.device) -> str:

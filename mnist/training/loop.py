@@ -80,11 +80,8 @@ class Plan:
 
     def learning_rate(self, step: int) -> float:
         """Of a step, by the schedule at its middle, which layers that are set free start over."""
-        rate, tied, progress = (
-            self.config.learning_rate,
-            self.config.tied,
-            (step - 0.5) / self.steps,
-        )
+        rate, tied = self.config.learning_rate, self.config.tied
+        progress = (step - 0.5) / self.steps
         if self.is_tied(step):
             progress /= tied
         elif tied:
@@ -216,10 +213,8 @@ def fit(
             if distort is not None:
                 rows = rank_slice(batch_size, world.rank, world.size)
                 images = distort(images, step, batch_size, rows)
-            learner.step(
-                *(images, labels, batch_size, rate, plan.averaging(step), stop.requested),
-                tied=plan.is_tied(step),
-            )
+            averaging, tied = plan.averaging(step), plan.is_tied(step)
+            learner.step(images, labels, batch_size, rate, averaging, stop.requested, tied)
             if step % look_every == 0:
                 interrupted = step < plan.steps and learner.asked_to_stop()
             seconds = time.perf_counter() - resumed
