@@ -260,23 +260,24 @@ class Victim(Job):
 
     def train(self):
         """Let it train a little since its last start; return how often it was started again."""
-        restarts = int(self["Restarts"])
 
         def trains():
             assert self["JobState"] not in ENDED, self.log
             since = self.log.rpartition(", start ")[2]
-            return since.startswith(f"{restarts + 1}\n") and "epoch" in since
+            return since.startswith(f"{int(self['Restarts']) + 1}\n") and "epoch" in since
 
         poll(trains, self.log)
-        return restarts
+        return int(self["Restarts"])
 
-    def goes_on(self, restarts):
-        """It is started again; return the step from which it trains, and what it said before."""
+    def goes_on(self, restarts, most=1):
+        """It is started again, at most so often; return the step from which it then trains, and
+        what it said before.
+        """
         poll(lambda: int(self["Restarts"]) > restarts, self.log)
-        assert self.train() == restarts + 1
+        assert self.train() <= restarts + most
         before, _, since = self.log.rpartition(", start ")
         [step] = re.findall(r"goes on from step ([\d,]+)", since)
-        return step, before.rpartition(", start ")[2]
+        return step, before.rpartition(f", start {restarts + 1}\n")[2]
 
 
 @pytest.fixture(scope="module")
@@ -341,7 +342,8 @@ def test_job_that_lost_a_node_goes_on(cluster, victim):
     cluster.control("kill-node", "2")
     poll(lambda: victim["JobState"] != "RUNNING", victim.log)
     cluster.control("start-node", "2")
-    step, said = victim.goes_on(restarts)
+    # SLURM may start it before the node is back: then it fails to start, and is requeued once more.
+    step, said = victim.goes_on(restarts, most=4)
     assert int(step.replace(",", "")) >= saved and "Node failure on node2" in said
 
 
