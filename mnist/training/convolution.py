@@ -1,7 +1,8 @@
 """Layers that are convolutions for a while: matrices whose weights are the same at all places.
 
 What a convolution computes is a product with a matrix, of which most is zero. Where the gradients
-of what is the same are added up, and those of the zeros left out, a linear layer stays one.
+of what is the same are added up, and those of the zeros left out, a linear layer stays one; and as
+long as it does, torch's convolutions compute the same in less time.
 """
 
 import math
@@ -18,9 +19,10 @@ _KERNEL, _STRIDE = 5, 2  # pixels; from 28×28 by 12×12 to 4×4
 
 
 class Convolution(NamedTuple):
-    """Of square maps, without padding; inputs and outputs are in the order of maps, rows, columns.
+    """Of square maps, without padding; inputs and outputs are in the order of rows, columns, maps.
 
-    A layer's weight is outputs×inputs, its bias of as many numbers as outputs.
+    A layer's weight is outputs×inputs, its bias of as many numbers as outputs. ``forward``,
+    ``backward`` and ``gradient`` are a step's products of such a layer, and are called as they are.
     """
 
     maps: int
@@ -29,6 +31,8 @@ class Convolution(NamedTuple):
     """Pixels of these."""
     features: int
     """Maps of the output."""
+    precision: torch.dtype = torch.float32
+    """Of what is multiplied, whatever the tensors have."""
 
     @property
     def places(self) -> int:
@@ -36,27 +40,82 @@ class Convolution(NamedTuple):
         return (self.side - _KERNEL) // _STRIDE + 1
 
     def kernels(self, weight: Tensor) -> Tensor:
-        """A view of the kernels in a weight: features×places×places×maps×5×5."""
-        inputs = self.maps * self.side**2
-        along = (_STRIDE * self.side, _STRIDE)  # by which the source moves with the place
+        """A view of the kernels in a weight: places×places×features×maps×5×5."""
+        inputs = self.side**2 * self.maps
+        row, column = self.side * self.maps, self.maps
         strides = (
-            self.places**2 * inputs,
-            *(self.places * inputs + along[0], inputs + along[1]),
-            *(self.side**2, self.side, 1),
+            self.places * self.features * inputs + _STRIDE * row,
+            self.features * inputs + _STRIDE * column,
+            *(inputs, 1, row, column),
         )
-        shape = (self.features, self.places, self.places, self.maps, _KERNEL, _KERNEL)
+        shape = (self.places, self.places, self.features, self.maps, _KERNEL, _KERNEL)
         return weight.as_strided(shape, strides, weight.storage_offset())
 
     def fill(self, weight: Tensor, bias: Tensor, kernels: Tensor, offsets: Tensor) -> None:
         """Make a layer the convolution with features×maps×5×5 kernels and as many offsets."""
-        weight.zero_()
-        self.kernels(weight).copy_(kernels[:, None, None].expand_as(self.kernels(weight)))
-        bias.view(self.features, -1).copy_(offsets[:, None].expand(-1, self.places**2))
+        self._fill_weight(weight, kernels)
+        bias.view(-1, self.features).copy_(offsets)
 
-    def tie(self, weight: Tensor, bias: Tensor) -> None:
-        """Replace a layer's gradient by that of a convolution, at every place."""
-        sums = self.kernels(weight).sum((1, 2)), bias.view(self.features, -1).sum(1)
-        self.fill(weight, bias, *sums)
+    def tie(self, bias: Tensor) -> None:
+        """Replace the gradient of a layer's bias by that of a convolution, at every place."""
+        bias.view(-1, self.features).copy_(bias.view(-1, self.features).sum(0))
+
+    def forward(
+        self, a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """``a @ b + bias``: n×outputs, of the layer's input, n×inputs, and its weight, turned."""
+        offsets = None if bias is None else bias[: self.features].to(self.precision)
+        maps = torch.conv2d(self._inputs(a), self._shared(b.t()), offsets, _STRIDE)
+        return _flat(maps, a.dtype, out)
+
+    def backward(
+        self, a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """``a @ b``: n×inputs, of the derivative by the layer's output and the layer's weight."""
+        inputs = a.new_empty(len(a), b.shape[1])  # for its shape
+        maps = self._derivatives(a, inputs, self._shared(b), (True, False, False))[0]
+        return _flat(maps, a.dtype, out)
+
+    def gradient(
+        self, a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """``a @ b``, tied: the gradient of the weight, of the derivative by the layer's output,
+        turned, and its input."""
+        out = a.new_empty(len(a), b.shape[1]) if out is None else out
+        kernels = self._shared(out)  # for its shape
+        self._fill_weight(out, self._derivatives(a.t(), b, kernels, (False, True, False))[1])
+        return out
+
+    def _derivatives(
+        self, delta: Tensor, inputs: Tensor, kernels: Tensor, which: tuple[bool, bool, bool]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """By input, kernels and offsets: those that are asked for."""
+        maps = delta.to(self.precision).unflatten(1, (self.places, self.places, self.features))
+        geometry = ([_STRIDE] * 2, [0, 0], [1, 1], False, [0, 0], 1)
+        found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
+            maps.permute(0, 3, 1, 2), self._inputs(inputs), kernels, None, *geometry, which
+        )
+        return found
+
+    def _inputs(self, values: Tensor) -> Tensor:
+        """A view of a layer's input as n×maps×side×side."""
+        values = values.to(self.precision)
+        return values.unflatten(1, (self.side, self.side, self.maps)).permute(0, 3, 1, 2)
+
+    def _shared(self, weight: Tensor) -> Tensor:
+        """A copy of the kernels at one place, which are those at all."""
+        kernels = self.kernels(weight)[0, 0].to(self.precision)
+        return kernels.contiguous(memory_format=torch.channels_last)
+
+    def _fill_weight(self, weight: Tensor, kernels: Tensor) -> None:
+        weight.zero_()
+        self.kernels(weight).copy_(kernels)
+
+
+def _flat(maps: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+    """Maps as rows of a type, or in ``out``."""
+    rows = maps.permute(0, 2, 3, 1).flatten(1)
+    return rows.to(dtype) if out is None else out.copy_(rows)
 
 
 def convolutions(hidden_sizes: Sequence[int]) -> list[Convolution]:

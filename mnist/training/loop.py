@@ -42,9 +42,7 @@ from mnist.training.step import Learner
 from mnist.training.synthesis import synthesise
 
 _VALIDATION_BATCH = 1024  # large enough for full speed; the activations stay in megabytes
-# Of the learning rate, for layers that were tied: where AdamW has seen no gradient, its first steps
-# are long. At 0.3, and without a new warm-up, they forget more than they learn: docs/record.md.
-_FREE_RATE = 0.1
+_FREE_RATE = 0.3  # of the learning rate, once layers that were tied are set free: docs/record.md
 _GPU_STEPS_BETWEEN_LOOKS = 16  # at whether to stop: each waits for the GPU
 
 
@@ -100,6 +98,10 @@ class Plan:
     def is_tied(self, step: int) -> bool:
         """Whether the first layers are convolutions in a step."""
         return step <= self.config.tied * self.steps
+
+    def sets_free(self, step: int) -> bool:
+        """Whether a step is the first in which they are that no more."""
+        return self.config.tied > 0 and self.is_tied(step - 1) and not self.is_tied(step)
 
     def ends_epoch(self, step: int) -> bool:
         """Whether a step is the last of its epoch."""
@@ -214,7 +216,8 @@ def fit(
                 rows = rank_slice(batch_size, world.rank, world.size)
                 images = distort(images, step, batch_size, rows)
             averaging, tied = plan.averaging(step), plan.is_tied(step)
-            learner.step(images, labels, batch_size, rate, averaging, stop.requested, tied)
+            forget = plan.sets_free(step)
+            learner.step(images, labels, batch_size, rate, averaging, stop.requested, tied, forget)
             if step % look_every == 0:
                 interrupted = step < plan.steps and learner.asked_to_stop()
             seconds = time.perf_counter() - resumed
@@ -272,7 +275,8 @@ def results_of_steps(
         if distort is not None:
             images = distort(images, step, batch_size, rows)
             found.append(images)
-        found.append(learner.gradient_of(images, labels))
+        ways = {plan.is_tied(1), plan.is_tied(plan.steps)}
+        found += [learner.gradient_of(images, labels, tied) for tied in ways]
     chunks = {len(images): images for images, _ in validation.chunks(_VALIDATION_BATCH)}
     return found + [learner.logits(images) for images in chunks.values()]
 

@@ -18,7 +18,7 @@ from torch.nn.utils import parameters_to_vector
 
 from mnist.distributed import World, widest_float
 from mnist.model import CLASSES, MLP, NO_DIGIT
-from mnist.products import Kind, training_products
+from mnist.products import Kind, Product, training_products
 from mnist.training.allreduce import AllReduce, Reducer, sizes_of_layers
 from mnist.training.config import TrainConfig
 from mnist.training.convolution import convolutions
@@ -42,6 +42,14 @@ class _Layer(NamedTuple):
     weight: Tensor  # outputs × inputs
     bias: Tensor  # outputs
     transposed: Tensor  # inputs × outputs
+
+
+class _Products(NamedTuple):
+    """Of each layer: of its output, of the derivative by its input, of that by its weight."""
+
+    forward: list[Product]
+    backward: list[Product]
+    gradient: list[Product]
 
 
 class _Buffers(NamedTuple):
@@ -81,6 +89,7 @@ class Learner:
     ) -> None:
         self.model, self.config, self.world = model, config, world
         self.reducer: Reducer = reducer or AllReduce(world, model)
+        flat = parameters_to_vector(model.parameters()).detach()
         kind = products or ("onednn" if config.products == "onednn" else "torch")
         full, large_product, rounds = training_products(kind, world.precision, world.device)
         weights = [layer.weight.numel() for layer in model.layers]
@@ -88,10 +97,20 @@ class Learner:
         large = [i for i, count in enumerate(weights[:-1]) if count >= least]
         large_layers = large[-1] + 1 if large and world.precision != torch.float32 else 0
         half_layers = 0 if rounds else large_layers
-        self._products = [large_product] * large_layers + [full] * (len(weights) - large_layers)
+        each = [large_product] * large_layers + [full] * (len(weights) - large_layers)
+        self._free = _Products(each, each, each)
+        self._convolutions = [
+            found._replace(precision=world.precision if index < large_layers else flat.dtype)
+            for index, found in enumerate(convolutions(model.hidden_sizes) if config.tied else [])
+        ]
+        rest, found = each[len(self._convolutions) :], self._convolutions
+        self._tied = _Products(
+            [*(layer.forward for layer in found), *rest],
+            [*(layer.backward for layer in found), *rest],
+            [*(layer.gradient for layer in found), *rest],
+        )
         self._buffers: dict[int, _Buffers] = {}
 
-        flat = parameters_to_vector(model.parameters()).detach()
         size, dtype, zeros = len(flat), flat.dtype, self.reducer.zeros
         self.parameters = zeros(size, dtype).copy_(flat)
         self.average = zeros(size, dtype).copy_(flat) if config.averaging else self.parameters
@@ -115,8 +134,6 @@ class Learner:
         self._gradients = self._views(self.gradient, self._half_gradient)
         for layer, views in zip(model.layers, self._views(self.average), strict=True):
             layer.weight.data, layer.bias.data = views.weight, views.bias
-        found = convolutions(model.hidden_sizes) if config.tied else []
-        self._convolutions = list(zip(found, self._views(self.gradient), strict=False))
         states = (self.parameters, self.momentum, self.squares, self.average, self._half)
         self._chunks = [Chunk(*(state[part] for state in states)) for part in self.reducer.chunks]
 
@@ -152,6 +169,7 @@ class Learner:
         averaging: float = 0.0,
         stop: bool = False,
         tied: bool = False,
+        forget: bool = False,
     ) -> None:
         """Learn from one global batch.
 
@@ -163,17 +181,15 @@ class Learner:
             averaging: the weight of the new weights in their average.
             stop: whether this rank is asked to stop; all learn of it by ``asked_to_stop``.
             tied: whether the first layers stay convolutions.
+            forget: whether the optimizer starts over.
         """
         self.reducer.begin()
-        inputs, deltas = self._differentiate(images, labels, batch_size)
+        inputs, deltas = self._differentiate(images, labels, batch_size, tied)
         self._stop.fill_(stop)
         for number, layers in enumerate(self.reducer.parts):
-            self._sum(inputs, deltas, layers)
-            if tied:
-                for index in layers:
-                    self._tie(index)
+            self._sum(inputs, deltas, layers, tied)
             self.reducer.send(number)
-        self._update(learning_rate, averaging)
+        self._update(learning_rate, averaging, forget)
         self.reducer.settle()
 
     def sum_up(self) -> None:
@@ -236,17 +252,17 @@ class Learner:
         """Logits, n×10 float32, of normalised images, n×784, of ``input_dtype``: those of
         ``model``."""
         if self.average is self.parameters:
-            return self._forward(images, self._layers)[1]
+            return self._forward(images, self._layers, self._free.forward)[1]
         half = self.average[: len(self._half)].to(self._half.dtype)
-        return self._forward(images, self._views(self.average, half))[1]
+        return self._forward(images, self._views(self.average, half), self._free.forward)[1]
 
-    def gradient_of(self, images: Tensor, labels: Tensor) -> Tensor:
+    def gradient_of(self, images: Tensor, labels: Tensor, tied: bool = False) -> Tensor:
         """A copy of the gradient that a step of these images alone would have; nothing is changed
         but the gradient."""
         unscored, totals = self._unscored, self._own_totals.clone()
         self._unscored = []
-        inputs, deltas = self._differentiate(images, labels, max(1, len(images)))
-        self._sum(inputs, deltas, range(len(inputs)))
+        inputs, deltas = self._differentiate(images, labels, max(1, len(images)), tied)
+        self._sum(inputs, deltas, range(len(inputs)), tied)
         self._unscored = unscored
         self._own_totals.copy_(totals)
         return self.gradient.clone()
@@ -258,7 +274,11 @@ class Learner:
         return self._buffers[count]
 
     def _forward(
-        self, images: Tensor, layers: Sequence[_Layer], buffers: _Buffers = _NONE
+        self,
+        images: Tensor,
+        layers: Sequence[_Layer],
+        products: Sequence[Product],
+        buffers: _Buffers = _NONE,
     ) -> tuple[list[Tensor], Tensor]:
         """The input of each layer, in its precision, and the logits."""
         inputs: list[Tensor] = []
@@ -270,15 +290,16 @@ class Learner:
                 hidden = hidden.to(weight.dtype)
             inputs.append(hidden)
             out = buffers.outputs[index] if index < len(buffers.outputs) else None
-            hidden = self._products[index](hidden, transposed, bias, out)
+            hidden = products[index](hidden, transposed, bias, out)
         return inputs, hidden.to(self.parameters.dtype)
 
     def _differentiate(
-        self, images: Tensor, labels: Tensor, batch_size: int
+        self, images: Tensor, labels: Tensor, batch_size: int, tied: bool = False
     ) -> tuple[list[Tensor], list[Tensor]]:
         """For n images: the input of each layer, and the derivative of the loss by its output."""
+        products = self._tied if tied else self._free
         buffers = self._buffers_for(len(images))
-        inputs, logits = self._forward(images, self._layers, buffers)
+        inputs, logits = self._forward(images, self._layers, products.forward, buffers)
         self._unscored.append((logits, labels))
         if len(self._unscored) * len(images) > _UNSCORED_IMAGES:
             self._score()
@@ -298,7 +319,7 @@ class Learner:
             if index:
                 buffer = buffers.deltas[index - 1]
                 out = buffer if buffer.dtype is weight.dtype else None
-                delta = self._products[index](delta, weight, None, out)
+                delta = products.backward[index](delta, weight, None, out)
                 torch.ops.aten.threshold_backward.grad_input(
                     delta, layer_input, 0, grad_input=delta
                 )
@@ -321,30 +342,38 @@ class Learner:
         self._own_totals[1] += (logits.argmax(1) == labels).sum()
         self._own_totals[2:] += (labels != NO_DIGIT).sum()
 
-    def _sum(self, inputs: list[Tensor], deltas: list[Tensor], layers: Sequence[int]) -> None:
+    def _sum(
+        self,
+        inputs: list[Tensor],
+        deltas: list[Tensor],
+        layers: Sequence[int],
+        tied: bool = False,
+    ) -> None:
         """Fill the gradient of these layers with the sum over images."""
+        products = (self._tied if tied else self._free).gradient
         for index in layers:
             weight, bias, _ = self._gradients[index]
             delta, layer_input = deltas[index], inputs[index]
             torch.sum(delta, 0, out=bias)
-            self._products[index](delta.t(), layer_input, None, weight)
+            products[index](delta.t(), layer_input, None, weight)
+            if tied and index < len(self._convolutions):
+                self._convolutions[index].tie(bias)
         half = self._half_parts[layers[0] : layers[-1] + 1]
         if half:
             part = slice(half[0].start, half[-1].stop)
             self.gradient[part].copy_(self._half_gradient[part])
 
-    def _tie(self, index: int) -> None:
-        """Make a layer's gradient that of a convolution, if it is to stay one."""
-        if index < len(self._convolutions):
-            convolution, (weight, bias, _) = self._convolutions[index]
-            convolution.tie(weight, bias)
-
-    def _update(self, learning_rate: float, averaging: float) -> None:
+    def _update(self, learning_rate: float, averaging: float, forget: bool) -> None:
         """Change the weights by the gradient, unless it overflowed in fp16."""
+        if forget:
+            self.updates.zero_()
         counts = self.config.optimizer == "adamw"
         if counts:
             self.updates += 1
         for chunk, gradient in zip(self._chunks, self.reducer.sums(), strict=True):
+            if forget:
+                chunk.momentum.zero_()
+                chunk.squares.zero_()
             overflow = None
             if self.loss_scale is not None:  # on a GPU, where there is one chunk
                 overflow = (~gradient.isfinite().all()).float()
