@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 from mnist.data import IMAGE_SHAPE, derived_seed
 from mnist.model import MLP
@@ -72,8 +73,8 @@ class Convolution(NamedTuple):
         self, a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None = None
     ) -> Tensor:
         """``a @ b``: n×inputs, of the derivative by the layer's output and the layer's weight."""
-        inputs = a.new_empty(len(a), b.shape[1])  # for its shape
-        maps = self._derivatives(a, inputs, self._shared(b), (True, False, False))[0]
+        shape = (len(a), self.maps, self.side, self.side)
+        maps = conv2d_input(shape, self._shared(b), self._outputs(a), _STRIDE)
         return _flat(maps, a.dtype, out)
 
     def gradient(
@@ -82,25 +83,17 @@ class Convolution(NamedTuple):
         """``a @ b``, tied: the gradient of the weight, of the derivative by the layer's output,
         turned, and its input."""
         out = a.new_empty(len(a), b.shape[1]) if out is None else out
-        kernels = self._shared(out)  # for its shape
-        self._fill_weight(out, self._derivatives(a.t(), b, kernels, (False, True, False))[1])
+        shape = (self.features, self.maps, _KERNEL, _KERNEL)
+        self._fill_weight(out, conv2d_weight(self._inputs(b), shape, self._outputs(a.t()), _STRIDE))
         return out
 
-    def _derivatives(
-        self, delta: Tensor, inputs: Tensor, kernels: Tensor, which: tuple[bool, bool, bool]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """By input, kernels and offsets: those that are asked for."""
-        maps = delta.to(self.precision).unflatten(1, (self.places, self.places, self.features))
-        geometry = ([_STRIDE] * 2, [0, 0], [1, 1], False, [0, 0], 1)
-        found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
-            maps.permute(0, 3, 1, 2), self._inputs(inputs), kernels, None, *geometry, which
-        )
-        return found
-
     def _inputs(self, values: Tensor) -> Tensor:
-        """A view of a layer's input as n×maps×side×side."""
-        values = values.to(self.precision)
-        return values.unflatten(1, (self.side, self.side, self.maps)).permute(0, 3, 1, 2)
+        """Of a layer: n×maps×side×side."""
+        return _maps(values.to(self.precision), self.side, self.maps)
+
+    def _outputs(self, values: Tensor) -> Tensor:
+        """Of a layer: n×features×places×places."""
+        return _maps(values.to(self.precision), self.places, self.features)
 
     def _shared(self, weight: Tensor) -> Tensor:
         """A copy of the kernels at one place, which are those at all."""
@@ -110,6 +103,11 @@ class Convolution(NamedTuple):
     def _fill_weight(self, weight: Tensor, kernels: Tensor) -> None:
         weight.zero_()
         self.kernels(weight).copy_(kernels)
+
+
+def _maps(rows: Tensor, side: int, count: int) -> Tensor:
+    """A view of rows as n×count×side×side."""
+    return rows.view(len(rows), side, side, count).permute(0, 3, 1, 2)
 
 
 def _flat(maps: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:

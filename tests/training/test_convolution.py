@@ -110,6 +110,30 @@ def test_steps_are_those_of_a_convolution(model, optimizer):
     assert ours.model.layers[0].weight.count_nonzero() > 0.8 * ours.model.layers[0].weight.numel()
 
 
+@pytest.mark.parametrize("precision", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_tied_gradient_is_the_sum_of_the_free_one(model, precision):
+    wide = torch.promote_types(precision, torch.float32)
+    config = TrainConfig(tied=0.5, hidden_sizes=WIDTHS, batch_size=512, products="torch")
+    learner = Learner(model.to(wide), config, World(precision=precision))
+    images, labels = batch(33, 0)
+    images = images.to(learner.input_dtype)
+    free, tied = (learner.gradient_of(images, labels, way) for way in (False, True))
+    for found, expected, convolution in zip(
+        learner._views(tied), learner._views(free), learner._convolutions, strict=False
+    ):
+        sums = convolution.kernels(expected.weight).sum((0, 1))
+        kernels = convolution.kernels(found.weight)
+        tolerance = 0.03 if precision == torch.bfloat16 else 1e-5
+        close = {"rtol": 0, "atol": tolerance * sums.abs().max().item()}
+        torch.testing.assert_close(kernels, sums.expand_as(kernels), **close)
+        assert found.weight.count_nonzero() == kernels.count_nonzero()
+        sums = expected.bias.view(-1, convolution.features).sum(0)
+        close = {"rtol": 0, "atol": tolerance * sums.abs().max().item()}
+        torch.testing.assert_close(found.bias.view(-1, convolution.features)[7], sums, **close)
+    nothing = learner.gradient_of(images[:0], labels[:0], tied=True)  # of a rank without images
+    assert not nothing.any()
+
+
 def test_when_layers_are_set_free():
     plan = Plan(1000, TrainConfig(tied=0.5, epochs=2, batch_size=100, hidden_sizes=WIDTHS))
     assert [plan.is_tied(step) for step in (1, 10, 11, 20)] == [True, True, False, False]
