@@ -15,6 +15,7 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 
 from mnist.data import IMAGE_SHAPE, derived_seed
 from mnist.model import MLP
+from mnist.products import Product
 
 _KERNEL, _STRIDE = 5, 2  # pixels; from 28×28 by 12×12 to 4×4
 
@@ -116,15 +117,35 @@ def _flat(maps: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
     return rows.to(dtype) if out is None else out.copy_(rows)
 
 
-def convolutions(hidden_sizes: Sequence[int]) -> list[Convolution]:
+class Products(NamedTuple):
+    """Of each layer: of its output, of the derivative by its input, of that by its weight."""
+
+    forward: list[Product]
+    backward: list[Product]
+    gradient: list[Product]
+
+
+def tied_products(found: Sequence[Convolution], free: Sequence[Product]) -> Products:
+    """Of a network whose first layers are convolutions, and whose others are free."""
+    rest = free[len(found) :]
+    return Products(
+        [*(layer.forward for layer in found), *rest],
+        [*(layer.backward for layer in found), *rest],
+        [*(layer.gradient for layer in found), *rest],
+    )
+
+
+def convolutions(
+    hidden_sizes: Sequence[int], precisions: Sequence[torch.dtype] = (torch.float32,) * 2
+) -> list[Convolution]:
     """The first two layers of a network as convolutions, whose settings have checked the widths."""
     found: list[Convolution] = []
     maps, side = 1, IMAGE_SHAPE[0]
-    for width in hidden_sizes[:2]:
+    for width, precision in zip(hidden_sizes[:2], precisions, strict=False):
         places = Convolution(maps, side, 0).places
         features, rest = divmod(width, places**2)
         assert features and not rest
-        found.append(Convolution(maps, side, features))
+        found.append(Convolution(maps, side, features, precision))
         maps, side = features, places
     return found
 

@@ -21,7 +21,7 @@ from mnist.model import CLASSES, MLP, NO_DIGIT
 from mnist.products import Kind, Product, training_products
 from mnist.training.allreduce import AllReduce, Reducer, sizes_of_layers
 from mnist.training.config import TrainConfig
-from mnist.training.convolution import convolutions
+from mnist.training.convolution import Products, convolutions, tied_products
 from mnist.training.optimizer import Chunk, optimise
 
 # Layers after the last one of this many weights stay in float32, the logits among them: small
@@ -42,14 +42,6 @@ class _Layer(NamedTuple):
     weight: Tensor  # outputs × inputs
     bias: Tensor  # outputs
     transposed: Tensor  # inputs × outputs
-
-
-class _Products(NamedTuple):
-    """Of each layer: of its output, of the derivative by its input, of that by its weight."""
-
-    forward: list[Product]
-    backward: list[Product]
-    gradient: list[Product]
 
 
 class _Buffers(NamedTuple):
@@ -97,18 +89,11 @@ class Learner:
         large = [i for i, count in enumerate(weights[:-1]) if count >= least]
         large_layers = large[-1] + 1 if large and world.precision != torch.float32 else 0
         half_layers = 0 if rounds else large_layers
-        each = [large_product] * large_layers + [full] * (len(weights) - large_layers)
-        self._free = _Products(each, each, each)
-        self._convolutions = [
-            found._replace(precision=world.precision if index < large_layers else flat.dtype)
-            for index, found in enumerate(convolutions(model.hidden_sizes) if config.tied else [])
-        ]
-        rest, found = each[len(self._convolutions) :], self._convolutions
-        self._tied = _Products(
-            [*(layer.forward for layer in found), *rest],
-            [*(layer.backward for layer in found), *rest],
-            [*(layer.gradient for layer in found), *rest],
-        )
+        small_layers = len(weights) - large_layers
+        each = [large_product] * large_layers + [full] * small_layers
+        precisions = [world.precision] * large_layers + [flat.dtype] * small_layers
+        self._convolutions = convolutions(model.hidden_sizes, precisions) if config.tied else []
+        self._free, self._tied = Products(each, each, each), tied_products(self._convolutions, each)
         self._buffers: dict[int, _Buffers] = {}
 
         size, dtype, zeros = len(flat), flat.dtype, self.reducer.zeros
