@@ -48,12 +48,14 @@ def worlds(tmp_path_factory, data_dir) -> Path:
     distorted = f"{tiny} --averaging 0.9 --schedule cosine --warmup 0.1 --nesterov"
     distorted += " --rotation 12 --scaling 0.15 --shear 0.1 --shift 2 --elastic 1.2"
     distorted += " --thickness 0.7"
+    tied = f"{tiny} --tied 0.5 --hidden-sizes 144 16 12 10 --optimizer adamw"
     float64, network = "train in float64", "train over a network"
     narrow = f"{long} --hidden-sizes 64 48 32 16"
     jobs = [(size, float64, f"{narrow} --run-name long64-{size}") for size in (1, 2, 3, 7)]
     for size in (2, 7):
         jobs.append((size, f"{float64} over a network", f"{narrow} --run-name far64-{size}"))
     jobs += [(size, float64, f"{distorted} --run-name distorted64-{size}") for size in (1, 2, 3)]
+    jobs += [(size, float64, f"{tied} --run-name tied64-{size}") for size in (1, 2, 3)]
     for size in (2, 3):
         for name, options in {"long": long, "distorted": distorted}.items():
             jobs.append((size, "train", f"{options} --run-name {name}-{size}"))
@@ -75,6 +77,7 @@ def open_folder(config):
     [
         *("long64-2", "long64-3", "long64-7", "far64-2", "far64-7"),
         *("distorted64-2", "distorted64-3"),
+        *("tied64-2", "tied64-3"),
     ],
 )
 def test_any_world_size_is_the_same_experiment(worlds, name):
