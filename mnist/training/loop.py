@@ -100,8 +100,8 @@ class Plan:
         return step <= self.config.tied * self.steps
 
     def sets_free(self, step: int) -> bool:
-        """Whether a step is the first in which they are that no more."""
-        return self.config.tied > 0 and self.is_tied(step - 1) and not self.is_tied(step)
+        """Whether a step is the last in which they are that, and others follow."""
+        return self.is_tied(step) and not self.is_tied(min(step + 1, self.steps))
 
     def ends_epoch(self, step: int) -> bool:
         """Whether a step is the last of its epoch."""

@@ -166,7 +166,7 @@ class Learner:
             averaging: the weight of the new weights in their average.
             stop: whether this rank is asked to stop; all learn of it by ``asked_to_stop``.
             tied: whether the first layers stay convolutions.
-            forget: whether the optimizer starts over.
+            forget: whether the optimizer then starts over, from the average where there is one.
         """
         self.reducer.begin()
         inputs, deltas = self._differentiate(images, labels, batch_size, tied)
@@ -350,15 +350,10 @@ class Learner:
 
     def _update(self, learning_rate: float, averaging: float, forget: bool) -> None:
         """Change the weights by the gradient, unless it overflowed in fp16."""
-        if forget:
-            self.updates.zero_()
         counts = self.config.optimizer == "adamw"
         if counts:
             self.updates += 1
         for chunk, gradient in zip(self._chunks, self.reducer.sums(), strict=True):
-            if forget:
-                chunk.momentum.zero_()
-                chunk.squares.zero_()
             overflow = None
             if self.loss_scale is not None:  # on a GPU, where there is one chunk
                 overflow = (~gradient.isfinite().all()).float()
@@ -368,10 +363,16 @@ class Learner:
             optimise(chunk, gradient, self.config, learning_rate, self.updates, scaling)
             if self.loss_scale is not None and overflow is not None:
                 self._adapt_loss_scale(self.loss_scale, overflow)
-            if len(chunk.half):
-                chunk.half.copy_(chunk.parameters[: len(chunk.half)])
             if averaging and self.average is not self.parameters:
                 chunk.average.lerp_(chunk.parameters, averaging)
+            if forget:
+                chunk.parameters.copy_(chunk.average)
+                chunk.momentum.zero_()
+                chunk.squares.zero_()
+            if len(chunk.half):
+                chunk.half.copy_(chunk.parameters[: len(chunk.half)])
+        if forget:
+            self.updates.zero_()
 
     def _adapt_loss_scale(self, scale: Tensor, overflow: Tensor) -> None:
         """Halve the scale after an overflow, double it after a long time without one."""

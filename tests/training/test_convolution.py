@@ -83,7 +83,8 @@ def test_steps_are_those_of_a_convolution(model, optimizer):
     theirs = optimizer_of(layers, optimizer)
     for step in range(10):
         images, labels = batch(16, step)
-        ours.step(images, labels, 16, theirs.param_groups[0]["lr"], tied=True)
+        rate = theirs.param_groups[0]["lr"]
+        ours.step(images, labels, 16, rate, tied=True, forget=step == 9)
         theirs.zero_grad()
         functional.cross_entropy(layers(images), labels).backward()
         theirs.step()
@@ -101,13 +102,26 @@ def test_steps_are_those_of_a_convolution(model, optimizer):
     afresh = optimizer_of(free, optimizer)
     for step in range(3):
         images, labels = batch(16, 50 + step)
-        ours.step(images, labels, 16, afresh.param_groups[0]["lr"], forget=step == 0)
+        ours.step(images, labels, 16, afresh.param_groups[0]["lr"])
         afresh.zero_grad()
         functional.cross_entropy(free(images), labels).backward()
         afresh.step()
     images, _ = batch(9, 98)
     torch.testing.assert_close(ours.logits(images), free(images), rtol=1e-3, atol=1e-4)
     assert ours.model.layers[0].weight.count_nonzero() > 0.8 * ours.model.layers[0].weight.numel()
+
+
+def test_what_is_set_free_starts_from_the_average(model):
+    settings = {"optimizer": "adamw", "averaging": 0.9, "hidden_sizes": WIDTHS}
+    learner = Learner(model, TrainConfig(tied=0.5, **settings), World())
+    for step in range(3):
+        learner.step(*batch(16, step), 16, 0.01, averaging=0.1, tied=True)
+    assert not torch.equal(learner.parameters, learner.average)
+    learner.step(*batch(16, 3), 16, 0.01, averaging=0.1, tied=True, forget=True)
+    assert torch.equal(learner.parameters, learner.average)
+    assert not any(state.any() for state in (learner.momentum, learner.squares, learner.updates))
+    kernels = learner._convolutions[0].kernels(learner.model.layers[0].weight)
+    assert torch.equal(kernels, kernels[:1, :1].expand_as(kernels))
 
 
 @pytest.mark.parametrize("precision", [torch.float64, torch.float32, torch.bfloat16])
@@ -137,9 +151,11 @@ def test_a_tied_gradient_is_the_sum_of_the_free_one(model, precision):
 def test_when_layers_are_set_free():
     plan = Plan(1000, TrainConfig(tied=0.5, epochs=2, batch_size=100, hidden_sizes=WIDTHS))
     assert [plan.is_tied(step) for step in (1, 10, 11, 20)] == [True, True, False, False]
-    assert [step for step in range(1, 21) if plan.sets_free(step)] == [11]
+    assert [step for step in range(1, 21) if plan.sets_free(step)] == [10]
     plain = Plan(1000, TrainConfig(epochs=1))
-    assert not plain.is_tied(1) and not plain.sets_free(1)
+    assert not any(plain.is_tied(step) or plain.sets_free(step) for step in (1, plain.steps))
+    always = Plan(1000, TrainConfig(tied=1.0, epochs=1, hidden_sizes=WIDTHS))
+    assert always.is_tied(always.steps) and not always.sets_free(always.steps)
 
 
 def test_the_schedule_starts_over():

@@ -101,7 +101,12 @@ SETTINGS = {
         "products": "onednn",
     },
     "smoothing": {"label_smoothing": 0.1},
-    "tied": {"optimizer": "adamw", "tied": 0.5, "hidden_sizes": (144, 16, 16, 12)},
+    "tied": {
+        "optimizer": "adamw",
+        "tied": 0.5,
+        "averaging": 0.9,
+        "hidden_sizes": (144, 16, 16, 12),
+    },
     "record": {"averaging": 0.9, "schedule": "cosine", "warmup": 0.1, "rotation": 12, "elastic": 1},
 }
 
