@@ -73,7 +73,7 @@ class TrainConfig:
     tied: float = 0.0
     """Share of the steps, from the first on, in which the first two layers are convolutions (5×5
     pixels, stride 2): their weights are the same at all places, and zero elsewhere. Then they are
-    set free, and schedule and optimizer start over, at 0.3 of the learning rate."""
+    set free, and schedule and optimizer start over, at 0.02 of the learning rate."""
     averaging: float = 0.0
     """Decay, per step, of a moving average of the weights, which then is what is validated, saved
     and scored: 0.999 averages over about 1,000 steps. 0: the weights as they are."""
@@ -255,10 +255,14 @@ RECIPES: dict[str, dict[str, Any]] = {
         "validation_size": 0,
     },
     "record": {
-        "epochs": 200,
+        "epochs": 150,
         **_WIDE,
         "hidden_sizes": (2880, 1024, 512, 256),
-        "tied": 0.75,
+        "learning_rate": 0.0005,
+        "schedule": "constant",
+        "warmup": 0.0,
+        "averaging": 0.9997,
+        "tied": 0.95,
         "rotation": 8.0,
         "scaling": 0.1,
         "shear": 0.05,

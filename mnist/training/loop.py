@@ -42,7 +42,7 @@ from mnist.training.step import Learner
 from mnist.training.synthesis import synthesise
 
 _VALIDATION_BATCH = 1024  # large enough for full speed; the activations stay in megabytes
-_FREE_RATE = 0.3  # of the learning rate, once layers that were tied are set free: docs/record.md
+_FREE_RATE = 0.02  # of the learning rate, once layers that were tied are set free: docs/record.md
 _GPU_STEPS_BETWEEN_LOOKS = 16  # at whether to stop: each waits for the GPU
 
 

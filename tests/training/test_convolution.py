@@ -166,7 +166,7 @@ def test_the_schedule_starts_over():
     cosine = {"schedule": "cosine", "warmup": 0.2, "learning_rate": 0.5}
     both = rates(epochs=3, tied=2 / 3, **cosine)
     assert both[:20] == pytest.approx(rates(epochs=2, **cosine))
-    assert both[20:] == pytest.approx([rate * 0.3 for rate in rates(epochs=1, **cosine)])
+    assert both[20:] == pytest.approx([rate * 0.02 for rate in rates(epochs=1, **cosine)])
     assert rates(epochs=1, tied=1.0, **cosine) == rates(epochs=1, **cosine)
 
 
