@@ -1,19 +1,17 @@
 """Layers that are convolutions for a while: matrices whose weights are the same at all places.
 
-What a convolution computes is a product with a matrix, of which most is zero. Where the gradients
-of what is the same are added up, and those of the zeros left out, a linear layer stays one; and as
-long as it does, torch's convolutions compute the same in less time.
+What a convolution computes is a product with a matrix, of which most is zero. As long as layers are
+to stay convolutions, their kernels are trained in place of the matrices, which is far less work.
 """
 
-import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from mnist.data import IMAGE_SHAPE, derived_seed
+from mnist.data import IMAGE_SHAPE
 from mnist.model import MLP
 from mnist.products import Product
 
@@ -21,10 +19,11 @@ _KERNEL, _STRIDE = 5, 2  # pixels; from 28×28 by 12×12 to 4×4
 
 
 class Convolution(NamedTuple):
-    """Of square maps, without padding; inputs and outputs are in the order of rows, columns, maps.
+    """Of square maps, without padding. Inputs, outputs and kernels are in the order of rows,
+    columns, maps: n×inputs, n×outputs and features×(5·5·maps).
 
-    A layer's weight is outputs×inputs, its bias of as many numbers as outputs. ``forward``,
-    ``backward`` and ``gradient`` are a step's products of such a layer, and are called as they are.
+    ``forward``, ``backward``, ``gradient`` and ``offsets`` stand for what a step calls of a linear
+    layer, and take the same.
     """
 
     maps: int
@@ -41,123 +40,155 @@ class Convolution(NamedTuple):
         """Along a side of the output."""
         return (self.side - _KERNEL) // _STRIDE + 1
 
-    def kernels(self, weight: Tensor) -> Tensor:
-        """A view of the kernels in a weight: places×places×features×maps×5×5."""
-        inputs = self.side**2 * self.maps
-        row, column = self.side * self.maps, self.maps
-        strides = (
-            self.places * self.features * inputs + _STRIDE * row,
-            self.features * inputs + _STRIDE * column,
-            *(inputs, 1, row, column),
-        )
-        shape = (self.places, self.places, self.features, self.maps, _KERNEL, _KERNEL)
-        return weight.as_strided(shape, strides, weight.storage_offset())
-
-    def fill(self, weight: Tensor, bias: Tensor, kernels: Tensor, offsets: Tensor) -> None:
-        """Make a layer the convolution with features×maps×5×5 kernels and as many offsets."""
-        self._fill_weight(weight, kernels)
-        bias.view(-1, self.features).copy_(offsets)
-
-    def tie(self, bias: Tensor) -> None:
-        """Replace the gradient of a layer's bias by that of a convolution, at every place."""
-        bias.view(-1, self.features).copy_(bias.view(-1, self.features).sum(0))
+    @property
+    def kernel_size(self) -> int:
+        """Weights of a kernel."""
+        return _KERNEL**2 * self.maps
 
     def forward(
         self, a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None = None
     ) -> Tensor:
-        """``a @ b + bias``: n×outputs, of the layer's input, n×inputs, and its weight, turned."""
-        offsets = None if bias is None else bias[: self.features].to(self.precision)
-        maps = torch.conv2d(self._inputs(a), self._shared(b.t()), offsets, _STRIDE)
-        return _flat(maps, a.dtype, out)
+        """A layer's output, of its input, its kernels, turned, and its bias of one number a map."""
+        offsets = None if bias is None else bias.to(self.precision)
+        maps = torch.conv2d(self._inputs(a), self._kernels(b.t()), offsets, _STRIDE)
+        return _rows(maps, a.dtype, out)
 
     def backward(
         self, a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None = None
     ) -> Tensor:
-        """``a @ b``: n×inputs, of the derivative by the layer's output and the layer's weight."""
+        """The derivative by a layer's input, of that by its output, and its kernels."""
         shape = (len(a), self.maps, self.side, self.side)
-        maps = conv2d_input(shape, self._shared(b), self._outputs(a), _STRIDE)
-        return _flat(maps, a.dtype, out)
+        maps = conv2d_input(shape, self._kernels(b), self._outputs(a), _STRIDE)
+        return _rows(maps, a.dtype, out)
 
     def gradient(
         self, a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None = None
     ) -> Tensor:
-        """``a @ b``, tied: the gradient of the weight, of the derivative by the layer's output,
-        turned, and its input."""
-        out = a.new_empty(len(a), b.shape[1]) if out is None else out
+        """The derivative by a layer's kernels, of that by its output, turned, and its input."""
         shape = (self.features, self.maps, _KERNEL, _KERNEL)
-        self._fill_weight(out, conv2d_weight(self._inputs(b), shape, self._outputs(a.t()), _STRIDE))
-        return out
+        kernels = conv2d_weight(self._inputs(b), shape, self._outputs(a.t()), _STRIDE)
+        return _rows(kernels, b.dtype, out)
 
-    def _inputs(self, values: Tensor) -> Tensor:
-        """Of a layer: n×maps×side×side."""
-        return _maps(values.to(self.precision), self.side, self.maps)
+    def offsets(self, delta: Tensor, dim: int, *, out: Tensor) -> Tensor:
+        """The derivative by a layer's bias, of that by its output."""
+        return torch.sum(delta.view(-1, self.features), dim, out=out)
 
-    def _outputs(self, values: Tensor) -> Tensor:
-        """Of a layer: n×features×places×places."""
-        return _maps(values.to(self.precision), self.places, self.features)
+    def matrix(self, kernels: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the linear layer that computes the same: outputs×inputs, outputs."""
+        weight = kernels.new_zeros(self.places**2 * self.features, self.side**2 * self.maps)
+        self._places_in(weight).copy_(kernels.view(self.features, _KERNEL, _KERNEL, self.maps))
+        return weight, offsets.repeat(self.places**2)
 
-    def _shared(self, weight: Tensor) -> Tensor:
-        """A copy of the kernels at one place, which are those at all."""
-        kernels = self.kernels(weight)[0, 0].to(self.precision)
-        return kernels.contiguous(memory_format=torch.channels_last)
+    def of_matrix(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """The kernels and offsets that a linear layer was made of."""
+        return self._places_in(weight)[0, 0].flatten(1), bias[: self.features]
 
-    def _fill_weight(self, weight: Tensor, kernels: Tensor) -> None:
-        weight.zero_()
-        self.kernels(weight).copy_(kernels)
+    def _places_in(self, weight: Tensor) -> Tensor:
+        """A view of the kernels in a linear layer: places×places×features×5×5×maps."""
+        inputs, row = self.side**2 * self.maps, self.side * self.maps
+        down = self.places * self.features * inputs + _STRIDE * row
+        right = self.features * inputs + _STRIDE * self.maps
+        shape = (self.places, self.places, self.features, _KERNEL, _KERNEL, self.maps)
+        return weight.as_strided(shape, (down, right, inputs, row, self.maps, 1))
+
+    def _inputs(self, rows: Tensor) -> Tensor:
+        return _maps(rows.to(self.precision), self.side, self.maps)
+
+    def _outputs(self, rows: Tensor) -> Tensor:
+        return _maps(rows.to(self.precision), self.places, self.features)
+
+    def _kernels(self, rows: Tensor) -> Tensor:
+        return _maps(rows.to(self.precision), _KERNEL, self.maps)
 
 
 def _maps(rows: Tensor, side: int, count: int) -> Tensor:
-    """A view of rows as n×count×side×side."""
+    """A view of n rows as n×count×side×side."""
     return rows.view(len(rows), side, side, count).permute(0, 3, 1, 2)
 
 
-def _flat(maps: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+def _rows(maps: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
     """Maps as rows of a type, or in ``out``."""
     rows = maps.permute(0, 2, 3, 1).flatten(1)
     return rows.to(dtype) if out is None else out.copy_(rows)
 
 
+_Change = Callable[[Convolution, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class Kernels(MLP):
+    """What stands for an MLP in training while its first two layers are convolutions: their weights
+    are kernels, their biases one number for each map.
+
+    Args:
+        hidden_sizes: of the MLP, as the settings have checked them.
+    """
+
+    def __init__(self, hidden_sizes: Sequence[int]) -> None:
+        super().__init__(hidden_sizes)
+        self.convolutions = convolutions(hidden_sizes)
+        kernels = [nn.Linear(found.kernel_size, found.features) for found in self.convolutions]
+        self.layers = cast(Sequence[nn.Linear], nn.ModuleList([*kernels, *self.layers[2:]]))
+
+    def freed(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The ``state_dict`` of the MLP that computes what one of these does."""
+        return self._with(weights, Convolution.matrix)
+
+    def tied(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The ``state_dict`` of these that such an MLP's was made of."""
+        return self._with(weights, Convolution.of_matrix)
+
+    def _with(self, weights: Mapping[str, Tensor], change: _Change) -> dict[str, Tensor]:
+        changed = dict(weights)
+        for index, found in enumerate(self.convolutions):
+            names = f"layers.{index}.weight", f"layers.{index}.bias"
+            changed |= zip(names, change(found, *(weights[name] for name in names)), strict=True)
+        return changed
+
+
 class Products(NamedTuple):
-    """Of each layer: of its output, of the derivative by its input, of that by its weight."""
+    """What a step calls of each layer: for its output, and for the derivatives by its input, its
+    weight and its bias."""
 
     forward: list[Product]
     backward: list[Product]
     gradient: list[Product]
+    offsets: list[Callable[..., Tensor]]
 
 
-def tied_products(found: Sequence[Convolution], free: Sequence[Product]) -> Products:
-    """Of a network whose first layers are convolutions, and whose others are free."""
+def products_of(model: MLP, free: Sequence[Product], precisions: Sequence[torch.dtype]) -> Products:
+    """Those of a model.
+
+    Args:
+        model: an MLP, or kernels.
+        free: the product of each linear layer.
+        precisions: in which the first layers are multiplied, if not in their own.
+    """
+    own = [layer.weight.dtype for layer in model.layers[len(precisions) :]]
+    found = [
+        layer._replace(precision=precision)
+        for layer, precision in zip(
+            model.convolutions if isinstance(model, Kernels) else [],
+            [*precisions, *own],
+            strict=False,
+        )
+    ]
     rest = free[len(found) :]
     return Products(
         [*(layer.forward for layer in found), *rest],
         [*(layer.backward for layer in found), *rest],
         [*(layer.gradient for layer in found), *rest],
+        [*(layer.offsets for layer in found), *[torch.sum] * len(rest)],
     )
 
 
-def convolutions(
-    hidden_sizes: Sequence[int], precisions: Sequence[torch.dtype] = (torch.float32,) * 2
-) -> list[Convolution]:
-    """The first two layers of a network as convolutions, whose settings have checked the widths."""
+def convolutions(hidden_sizes: Sequence[int]) -> list[Convolution]:
+    """The first two layers of a network as convolutions."""
     found: list[Convolution] = []
     maps, side = 1, IMAGE_SHAPE[0]
-    for width, precision in zip(hidden_sizes[:2], precisions, strict=False):
+    for width in hidden_sizes[:2]:
         places = Convolution(maps, side, 0).places
         features, rest = divmod(width, places**2)
-        assert features and not rest
-        found.append(Convolution(maps, side, features, precision))
+        assert features and not rest  # as the settings have checked
+        found.append(Convolution(maps, side, features))
         maps, side = features, places
     return found
-
-
-@torch.no_grad()
-def begin_as_convolutions(model: MLP, seed: int) -> None:
-    """Draw kernels for the first two layers as ``nn.Conv2d`` does, uniform within 1/sqrt(inputs),
-    from the seed alone."""
-    generator = torch.Generator().manual_seed(derived_seed(seed, "initial kernels"))
-    for layer, found in zip(model.layers, convolutions(model.hidden_sizes), strict=False):
-        shape = (found.features, found.maps, _KERNEL, _KERNEL)
-        bound = math.prod(shape[1:]) ** -0.5
-        kernels = torch.empty(shape).uniform_(-bound, bound, generator=generator)
-        offsets = torch.empty(found.features).uniform_(-bound, bound, generator=generator)
-        found.fill(layer.weight, layer.bias, kernels, offsets)

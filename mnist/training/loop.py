@@ -36,7 +36,7 @@ from mnist.runs.mirror import NoMirror
 from mnist.system import StopRequest, flush_to_disk
 from mnist.training.allreduce import open_reducer
 from mnist.training.config import TrainConfig, to_yaml
-from mnist.training.convolution import begin_as_convolutions
+from mnist.training.convolution import Kernels
 from mnist.training.distortion import Distortion
 from mnist.training.step import Learner
 from mnist.training.synthesis import synthesise
@@ -96,12 +96,12 @@ class Plan:
         return max(1 - self.config.averaging, 10 / (10 + step))
 
     def is_tied(self, step: int) -> bool:
-        """Whether the first layers are convolutions in a step."""
-        return step <= self.config.tied * self.steps
+        """Whether the first layers are convolutions in a step, or, for 0, before the first."""
+        return self.config.tied > 0 and step <= self.config.tied * self.steps
 
     def sets_free(self, step: int) -> bool:
-        """Whether a step is the last in which they are that, and others follow."""
-        return self.is_tied(step) and not self.is_tied(min(step + 1, self.steps))
+        """Whether a step is the first in which they no longer are."""
+        return self.is_tied(step - 1) and not self.is_tied(step)
 
     def ends_epoch(self, step: int) -> bool:
         """Whether a step is the last of its epoch."""
@@ -171,9 +171,7 @@ def fit(
         world = dataclasses.replace(world, precision=PRECISIONS[start.precision])
     look_every = 1 if world.device.type == "cpu" else _GPU_STEPS_BETWEEN_LOOKS
     interrupted = False
-    model = MLP(config.hidden_sizes).initialise(config.seed)
-    if config.tied:
-        begin_as_convolutions(model, config.seed)
+    model = (Kernels if config.tied else MLP)(config.hidden_sizes).initialise(config.seed)
     reducer = open_reducer(world, model)
     with ExitStack() as stack:
         with world.preparing():
@@ -189,8 +187,6 @@ def fit(
                 start_step=start.step,
                 stop_step=plan.steps,
             )
-            if start.checkpoint is not None:
-                load_checkpoint(learner, start.checkpoint)
             distort = Distortion(config, world.device) if config.distorts else None
             tracker: Tracker = NoTracker()
             saver: Saver | None = None
@@ -202,22 +198,31 @@ def fit(
                 saver = stack.enter_context(
                     Saver(config.run_folder / "checkpoints", config.keep_checkpoints)
                 )
+        if config.tied and not plan.is_tied(start.step):
+            learner = set_free(learner)
+        if start.checkpoint is not None:
+            load_checkpoint(learner, start.checkpoint)
         interval = Interval(plan, start)
-        pace = Pace(
-            world.threads if world.device.type == "cpu" else 1,
-            partial(results_of_steps, learner, training, validation, plan, distort),
-        )
-        stack.callback(pace.close)
-        watch = SpeedWatch("training", world.threads, world.is_main)
+
+        def watched() -> tuple[Pace, SpeedWatch]:
+            results = partial(results_of_steps, learner, training, validation, plan, distort)
+            threads = world.threads if world.device.type == "cpu" else 1
+            watch = SpeedWatch("training", world.threads, world.is_main)
+            return Pace(threads, results), watch
+
+        pace, watch = watched()
+        stack.callback(lambda: pace.close())
         resumed = time.perf_counter()
         for step, (images, labels) in enumerate(load_batches(training, batches), start.step + 1):
             rate, batch_size = plan.learning_rate(step), plan.batch_size(step)
             if distort is not None:
                 rows = rank_slice(batch_size, world.rank, world.size)
                 images = distort(images, step, batch_size, rows)
-            averaging, tied = plan.averaging(step), plan.is_tied(step)
-            forget = plan.sets_free(step)
-            learner.step(images, labels, batch_size, rate, averaging, stop.requested, tied, forget)
+            if plan.sets_free(step):
+                pace.close()
+                learner = set_free(learner)
+                pace, watch = watched()
+            learner.step(images, labels, batch_size, rate, plan.averaging(step), stop.requested)
             if step % look_every == 0:
                 interrupted = step < plan.steps and learner.asked_to_stop()
             seconds = time.perf_counter() - resumed
@@ -255,7 +260,17 @@ def fit(
                 flush=True,
             )
         raise SystemExit(75 if saved else 1)
-    return learner.model
+    return learner.mlp()
+
+
+def set_free(learner: Learner) -> Learner:
+    """One whose first layers are no longer convolutions, from the average of the weights; its
+    optimizer starts over. All ranks do this together."""
+    learner.sum_up()
+    mlp, world = learner.mlp(), learner.world
+    freed = Learner(mlp, learner.config, world, learner.products, open_reducer(world, mlp))
+    freed.totals.copy_(learner.totals)
+    return freed
 
 
 def results_of_steps(
@@ -275,8 +290,7 @@ def results_of_steps(
         if distort is not None:
             images = distort(images, step, batch_size, rows)
             found.append(images)
-        ways = {plan.is_tied(1), plan.is_tied(plan.steps)}
-        found += [learner.gradient_of(images, labels, tied) for tied in ways]
+        found.append(learner.gradient_of(images, labels))
     chunks = {len(images): images for images, _ in validation.chunks(_VALIDATION_BATCH)}
     return found + [learner.logits(images) for images in chunks.values()]
 

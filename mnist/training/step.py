@@ -8,6 +8,7 @@ size of a batch: memory that was used just before is in a cache, and new one is 
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,12 +17,13 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils import parameters_to_vector
 
+from mnist.data import IMAGE_SHAPE
 from mnist.distributed import World, widest_float
 from mnist.model import CLASSES, MLP, NO_DIGIT
-from mnist.products import Kind, Product, training_products
+from mnist.products import Kind, training_products
 from mnist.training.allreduce import AllReduce, Reducer, sizes_of_layers
 from mnist.training.config import TrainConfig
-from mnist.training.convolution import Products, convolutions, tied_products
+from mnist.training.convolution import Kernels, products_of
 from mnist.training.optimizer import Chunk, optimise
 
 # Layers after the last one of this many weights stay in float32, the logits among them: small
@@ -81,21 +83,20 @@ class Learner:
     ) -> None:
         self.model, self.config, self.world = model, config, world
         self.reducer: Reducer = reducer or AllReduce(world, model)
-        flat = parameters_to_vector(model.parameters()).detach()
-        kind = products or ("onednn" if config.products == "onednn" else "torch")
-        full, large_product, rounds = training_products(kind, world.precision, world.device)
-        weights = [layer.weight.numel() for layer in model.layers]
+        self.products: Kind = products or ("onednn" if config.products == "onednn" else "torch")
+        found = training_products(self.products, world.precision, world.device)
+        full, large_product, rounds = found
+        widths = (math.prod(IMAGE_SHAPE), *model.hidden_sizes, CLASSES)
+        weights = [math.prod(pair) for pair in itertools.pairwise(widths)]  # of linear layers
         least = min(_HALF_MIN_WEIGHTS, _HALF_MIN_TERMS / config.batch_size)
         large = [i for i, count in enumerate(weights[:-1]) if count >= least]
         large_layers = large[-1] + 1 if large and world.precision != torch.float32 else 0
         half_layers = 0 if rounds else large_layers
-        small_layers = len(weights) - large_layers
-        each = [large_product] * large_layers + [full] * small_layers
-        precisions = [world.precision] * large_layers + [flat.dtype] * small_layers
-        self._convolutions = convolutions(model.hidden_sizes, precisions) if config.tied else []
-        self._free, self._tied = Products(each, each, each), tied_products(self._convolutions, each)
+        each = [large_product] * large_layers + [full] * (len(weights) - large_layers)
+        self._products = products_of(model, each, [world.precision] * large_layers)
         self._buffers: dict[int, _Buffers] = {}
 
+        flat = parameters_to_vector(model.parameters()).detach()
         size, dtype, zeros = len(flat), flat.dtype, self.reducer.zeros
         self.parameters = zeros(size, dtype).copy_(flat)
         self.average = zeros(size, dtype).copy_(flat) if config.averaging else self.parameters
@@ -153,8 +154,6 @@ class Learner:
         learning_rate: float,
         averaging: float = 0.0,
         stop: bool = False,
-        tied: bool = False,
-        forget: bool = False,
     ) -> None:
         """Learn from one global batch.
 
@@ -165,16 +164,14 @@ class Learner:
             learning_rate: of this step.
             averaging: the weight of the new weights in their average.
             stop: whether this rank is asked to stop; all learn of it by ``asked_to_stop``.
-            tied: whether the first layers stay convolutions.
-            forget: whether the optimizer then starts over, from the average where there is one.
         """
         self.reducer.begin()
-        inputs, deltas = self._differentiate(images, labels, batch_size, tied)
+        inputs, deltas = self._differentiate(images, labels, batch_size)
         self._stop.fill_(stop)
         for number, layers in enumerate(self.reducer.parts):
-            self._sum(inputs, deltas, layers, tied)
+            self._sum(inputs, deltas, layers)
             self.reducer.send(number)
-        self._update(learning_rate, averaging, forget)
+        self._update(learning_rate, averaging)
         self.reducer.settle()
 
     def sum_up(self) -> None:
@@ -200,18 +197,29 @@ class Learner:
         return {name: tensor.clone() for name, tensor in self._state().items()}
 
     def weights(self) -> dict[str, Tensor]:
-        """A copy of the model's ``state_dict``."""
+        """A copy of the model's ``state_dict``; of kernels, of the MLP that they stand for."""
         copy = self.average.clone()
         parts = copy.split([p.numel() for p in self.model.parameters()])
         shapes = {name: p.shape for name, p in self.model.state_dict().items()}
-        return {
+        found = {
             name: part.view(shape)
             for (name, shape), part in zip(shapes.items(), parts, strict=True)
         }
+        return self.model.freed(found) if isinstance(self.model, Kernels) else found
+
+    def mlp(self) -> MLP:
+        """The model, or the MLP that it stands for."""
+        if not isinstance(self.model, Kernels):
+            return self.model
+        model = MLP(self.model.hidden_sizes).to(self.average.device, self.average.dtype)
+        model.load_state_dict(self.weights())
+        return model
 
     @torch.no_grad()
     def load(self, weights: dict[str, Tensor], state: dict[str, Tensor]) -> None:
         """Go on from copies made by ``weights`` and ``state``, in a world of any size."""
+        if isinstance(self.model, Kernels):
+            weights = self.model.tied(weights)
         self.model.load_state_dict(weights)
         for name, tensor in self._state().items():
             tensor.copy_(state[name])
@@ -237,33 +245,32 @@ class Learner:
         """Logits, n×10 float32, of normalised images, n×784, of ``input_dtype``: those of
         ``model``."""
         if self.average is self.parameters:
-            return self._forward(images, self._layers, self._free.forward)[1]
+            return self._forward(images, self._layers)[1]
         half = self.average[: len(self._half)].to(self._half.dtype)
-        return self._forward(images, self._views(self.average, half), self._free.forward)[1]
+        return self._forward(images, self._views(self.average, half))[1]
 
-    def gradient_of(self, images: Tensor, labels: Tensor, tied: bool = False) -> Tensor:
+    def gradient_of(self, images: Tensor, labels: Tensor) -> Tensor:
         """A copy of the gradient that a step of these images alone would have; nothing is changed
         but the gradient."""
         unscored, totals = self._unscored, self._own_totals.clone()
         self._unscored = []
-        inputs, deltas = self._differentiate(images, labels, max(1, len(images)), tied)
-        self._sum(inputs, deltas, range(len(inputs)), tied)
+        inputs, deltas = self._differentiate(images, labels, max(1, len(images)))
+        self._sum(inputs, deltas, range(len(inputs)))
         self._unscored = unscored
         self._own_totals.copy_(totals)
         return self.gradient.clone()
 
     def _buffers_for(self, count: int) -> _Buffers:
         if count not in self._buffers:
-            outputs = [bias.new_empty(count, len(bias)) for _, bias, _ in self._layers[:-1]]
+            outputs = [
+                layer.bias.new_empty(count, width)
+                for layer, width in zip(self._layers, self.model.hidden_sizes, strict=False)
+            ]
             self._buffers[count] = _Buffers(outputs, list(map(torch.empty_like, outputs)))
         return self._buffers[count]
 
     def _forward(
-        self,
-        images: Tensor,
-        layers: Sequence[_Layer],
-        products: Sequence[Product],
-        buffers: _Buffers = _NONE,
+        self, images: Tensor, layers: Sequence[_Layer], buffers: _Buffers = _NONE
     ) -> tuple[list[Tensor], Tensor]:
         """The input of each layer, in its precision, and the logits."""
         inputs: list[Tensor] = []
@@ -275,16 +282,15 @@ class Learner:
                 hidden = hidden.to(weight.dtype)
             inputs.append(hidden)
             out = buffers.outputs[index] if index < len(buffers.outputs) else None
-            hidden = products[index](hidden, transposed, bias, out)
+            hidden = self._products.forward[index](hidden, transposed, bias, out)
         return inputs, hidden.to(self.parameters.dtype)
 
     def _differentiate(
-        self, images: Tensor, labels: Tensor, batch_size: int, tied: bool = False
+        self, images: Tensor, labels: Tensor, batch_size: int
     ) -> tuple[list[Tensor], list[Tensor]]:
         """For n images: the input of each layer, and the derivative of the loss by its output."""
-        products = self._tied if tied else self._free
         buffers = self._buffers_for(len(images))
-        inputs, logits = self._forward(images, self._layers, products.forward, buffers)
+        inputs, logits = self._forward(images, self._layers, buffers)
         self._unscored.append((logits, labels))
         if len(self._unscored) * len(images) > _UNSCORED_IMAGES:
             self._score()
@@ -304,7 +310,7 @@ class Learner:
             if index:
                 buffer = buffers.deltas[index - 1]
                 out = buffer if buffer.dtype is weight.dtype else None
-                delta = products.backward[index](delta, weight, None, out)
+                delta = self._products.backward[index](delta, weight, None, out)
                 torch.ops.aten.threshold_backward.grad_input(
                     delta, layer_input, 0, grad_input=delta
                 )
@@ -327,28 +333,19 @@ class Learner:
         self._own_totals[1] += (logits.argmax(1) == labels).sum()
         self._own_totals[2:] += (labels != NO_DIGIT).sum()
 
-    def _sum(
-        self,
-        inputs: list[Tensor],
-        deltas: list[Tensor],
-        layers: Sequence[int],
-        tied: bool = False,
-    ) -> None:
+    def _sum(self, inputs: list[Tensor], deltas: list[Tensor], layers: Sequence[int]) -> None:
         """Fill the gradient of these layers with the sum over images."""
-        products = (self._tied if tied else self._free).gradient
         for index in layers:
             weight, bias, _ = self._gradients[index]
             delta, layer_input = deltas[index], inputs[index]
-            torch.sum(delta, 0, out=bias)
-            products[index](delta.t(), layer_input, None, weight)
-            if tied and index < len(self._convolutions):
-                self._convolutions[index].tie(bias)
+            self._products.offsets[index](delta, 0, out=bias)
+            self._products.gradient[index](delta.t(), layer_input, None, weight)
         half = self._half_parts[layers[0] : layers[-1] + 1]
         if half:
             part = slice(half[0].start, half[-1].stop)
             self.gradient[part].copy_(self._half_gradient[part])
 
-    def _update(self, learning_rate: float, averaging: float, forget: bool) -> None:
+    def _update(self, learning_rate: float, averaging: float) -> None:
         """Change the weights by the gradient, unless it overflowed in fp16."""
         counts = self.config.optimizer == "adamw"
         if counts:
@@ -363,16 +360,10 @@ class Learner:
             optimise(chunk, gradient, self.config, learning_rate, self.updates, scaling)
             if self.loss_scale is not None and overflow is not None:
                 self._adapt_loss_scale(self.loss_scale, overflow)
-            if averaging and self.average is not self.parameters:
-                chunk.average.lerp_(chunk.parameters, averaging)
-            if forget:
-                chunk.parameters.copy_(chunk.average)
-                chunk.momentum.zero_()
-                chunk.squares.zero_()
             if len(chunk.half):
                 chunk.half.copy_(chunk.parameters[: len(chunk.half)])
-        if forget:
-            self.updates.zero_()
+            if averaging and self.average is not self.parameters:
+                chunk.average.lerp_(chunk.parameters, averaging)
 
     def _adapt_loss_scale(self, scale: Tensor, overflow: Tensor) -> None:
         """Halve the scale after an overflow, double it after a long time without one."""
