@@ -198,7 +198,7 @@ def test_every_setting_is_either_numeric_or_known_not_to_be():
         ("--learning-rate=None", "--learning-rate takes a number, not 'None'"),
         (
             "--recipe quick",
-            "--recipe takes one of baseline, fast, plain, record, reader, not quick",
+            "--recipe takes one of baseline, fast, record, reader, not quick",
         ),
         ("--momentum 1", "--momentum takes 0 to below 1"),
         ("--validation-size 60000", "--validation-size takes 0 to 59000"),
