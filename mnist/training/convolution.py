@@ -161,16 +161,12 @@ def products_of(model: MLP, free: Sequence[Product], precisions: Sequence[torch.
     Args:
         model: an MLP, or kernels.
         free: the product of each linear layer.
-        precisions: in which the first layers are multiplied, if not in their own.
+        precisions: in which each is multiplied.
     """
-    own = [layer.weight.dtype for layer in model.layers[len(precisions) :]]
+    layers = model.convolutions if isinstance(model, Kernels) else []
     found = [
         layer._replace(precision=precision)
-        for layer, precision in zip(
-            model.convolutions if isinstance(model, Kernels) else [],
-            [*precisions, *own],
-            strict=False,
-        )
+        for layer, precision in zip(layers, precisions, strict=False)
     ]
     rest = free[len(found) :]
     return Products(

@@ -92,11 +92,13 @@ class Learner:
         large = [i for i, count in enumerate(weights[:-1]) if count >= least]
         large_layers = large[-1] + 1 if large and world.precision != torch.float32 else 0
         half_layers = 0 if rounds else large_layers
-        each = [large_product] * large_layers + [full] * (len(weights) - large_layers)
-        self._products = products_of(model, each, [world.precision] * large_layers)
+        flat = parameters_to_vector(model.parameters()).detach()
+        small_layers = len(weights) - large_layers
+        each = [large_product] * large_layers + [full] * small_layers
+        precisions = [world.precision] * large_layers + [flat.dtype] * small_layers
+        self._products = products_of(model, each, precisions)
         self._buffers: dict[int, _Buffers] = {}
 
-        flat = parameters_to_vector(model.parameters()).detach()
         size, dtype, zeros = len(flat), flat.dtype, self.reducer.zeros
         self.parameters = zeros(size, dtype).copy_(flat)
         self.average = zeros(size, dtype).copy_(flat) if config.averaging else self.parameters
