@@ -50,8 +50,8 @@ class MLP(nn.Module):
         if len(hidden_sizes) != 4:
             raise InputError(f"the model takes exactly four hidden widths, not {len(hidden_sizes)}")
         self.hidden_sizes = tuple(hidden_sizes)
-        widths = (_INPUTS, *hidden_sizes, CLASSES)
-        layers = [nn.Linear(*sizes) for sizes in itertools.pairwise(widths)]
+        self.widths = (_INPUTS, *hidden_sizes, CLASSES)
+        layers = [nn.Linear(*sizes) for sizes in itertools.pairwise(self.widths)]
         self.layers = cast(Sequence[nn.Linear], nn.ModuleList(layers))
 
     def forward(self, images: Tensor) -> Tensor:

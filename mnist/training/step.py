@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils import parameters_to_vector
 
-from mnist.data import IMAGE_SHAPE
 from mnist.distributed import World, widest_float
 from mnist.model import CLASSES, MLP, NO_DIGIT
 from mnist.products import Kind, training_products
@@ -83,11 +82,10 @@ class Learner:
     ) -> None:
         self.model, self.config, self.world = model, config, world
         self.reducer: Reducer = reducer or AllReduce(world, model)
-        self.products: Kind = products or ("onednn" if config.products == "onednn" else "torch")
-        found = training_products(self.products, world.precision, world.device)
-        full, large_product, rounds = found
-        widths = (math.prod(IMAGE_SHAPE), *model.hidden_sizes, CLASSES)
-        weights = [math.prod(pair) for pair in itertools.pairwise(widths)]  # of linear layers
+        kind: Kind = products or ("onednn" if config.products == "onednn" else "torch")
+        self.products = kind
+        full, large_product, rounds = training_products(kind, world.precision, world.device)
+        weights = [math.prod(pair) for pair in itertools.pairwise(model.widths)]
         least = min(_HALF_MIN_WEIGHTS, _HALF_MIN_TERMS / config.batch_size)
         large = [i for i, count in enumerate(weights[:-1]) if count >= least]
         large_layers = large[-1] + 1 if large and world.precision != torch.float32 else 0
