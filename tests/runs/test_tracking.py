@@ -259,7 +259,7 @@ def test_offline_run_reads_back(folder, tmp_path, capfd):
 
 def test_recipe_record_is_tracked_as_any_other(tmp_path, data_dir):
     job = Path(__file__).parents[2] / "jobs/train.py"
-    small = "--epochs 2 --validation-size 59000 --batch-size 100 --hidden-sizes 32 24 16 12"
+    small = "--epochs 2 --validation-size 59000 --batch-size 100 --hidden-sizes 144 16 16 12"
     words = f"--recipe record --averaging 0.9 --elastic 1.5 {small} --evaluate none"
     places = ["--data-dir", data_dir, "--runs-dir", tmp_path / "runs", "--run-name", "small"]
     command = [sys.executable, job, *words.split(), *places, "--wandb", "offline"]
