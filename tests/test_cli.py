@@ -120,6 +120,21 @@ def test_exact_sums_of_an_earlier_version_are_left_out_in_one_line(tmp_path, exa
     assert capsys.readouterr().err == f"warning: {file}: --exact-sums is no more, and left out\n"
 
 
+@pytest.mark.parametrize("added", [(), ("thickness", "sharpness", "other_hands", "non_digits")])
+def test_file_of_a_run_of_record_as_it_was_repeats_that_run(tmp_path, added):
+    """Its recipe has another network now, and a part of which such files say nothing."""
+    config = TrainConfig(recipe="record", **RECIPES["plain"])
+    assert not config.tied and RECIPES["record"]["tied"]
+    settings = {k: v for k, v in to_yaml(config).items() if k not in ("tied", *added)}
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    again = parse_train_config(["--config", str(file)])
+    assert dataclasses.replace(again, config=None) == config
+
+    file.write_text("recipe: record\nepochs: 3\n")
+    assert parse_train_config(["--config", str(file)]).tied == RECIPES["record"]["tied"]
+
+
 def test_saved_settings_repeat_the_run(tmp_path):
     config = parse_train_config("--recipe fast --seed 4 --momentum 0.8".split())
     file = tmp_path / "config.yaml"
@@ -196,7 +211,10 @@ def test_every_setting_is_either_numeric_or_known_not_to_be():
         ("--wandb-tags=['a','--fresh']", "--wandb-tags takes --fresh as the first"),
         ("--batch-size=True", "--batch-size takes a whole number, not 'True'"),
         ("--learning-rate=None", "--learning-rate takes a number, not 'None'"),
-        ("--recipe quick", "--recipe takes one of baseline, fast, plain, record, reader, not quick"),
+        (
+            "--recipe quick",
+            "--recipe takes one of baseline, fast, plain, record, reader, not quick",
+        ),
         ("--momentum 1", "--momentum takes 0 to below 1"),
         ("--validation-size 60000", "--validation-size takes 0 to 59000"),
         ("--run-name a/b", "--run-name takes a plain folder name"),

@@ -211,6 +211,9 @@ _NUMERIC = (
     "thickness sharpness other_hands non_digits precision validation_size"
 ).split()
 
+# Later than the settings of a run's config.yaml that is as old as recipe `record`.
+_YOUNGER = {"tied", "thickness", "sharpness", "other_hands", "non_digits"}
+
 RETIRED: dict[str, Any] = {"elastic_smoothness": 5.0, "gaps": 0.0}
 """Settings that earlier versions had, each with the only value that it has now."""
 
@@ -317,6 +320,8 @@ def parse_train_config(arguments: Sequence[str]) -> TrainConfig:
             raise InputError(f"{file}: {option(name)} is no more: it is always {RETIRED[name]}")
     if settings.pop("exact_sums", None) is not None and os.environ.get("RANK", "0") == "0":
         warn(f"{file}: --exact-sums is no more, and left out")
+    if settings.keys() >= set(_NUMERIC) - _YOUNGER:  # of a run from before `record` was tied
+        settings.setdefault("tied", "0")
     recipe: Any = found.recipe or settings.get("recipe", "baseline")
     if "recipe" in settings and recipe != settings["recipe"]:
         raise InputError(
